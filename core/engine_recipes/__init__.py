@@ -1,0 +1,53 @@
+"""engine-recipes: Hugging Face checkpoint in, persistent inference engine out.
+
+What plugin authors and scripts import. Names are loaded when first used, so importing this costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from . import checkpoint, events
+    from .decoder import Decoder, from_hf
+    from .errors import Interrupted, MachineError, RecipesError, Rejected, RequestError, StageFailed
+    from .hookspecs import hookimpl
+    from .types import Artifact, Check, Ref, Report, Runtime, Sampling, StageContext
+
+_HOME = {
+    "Decoder": "decoder",
+    "from_hf": "decoder",
+    "Interrupted": "errors",
+    "MachineError": "errors",
+    "RecipesError": "errors",
+    "Rejected": "errors",
+    "RequestError": "errors",
+    "StageFailed": "errors",
+    "hookimpl": "hookspecs",
+    "Artifact": "types",
+    "Check": "types",
+    "Ref": "types",
+    "Report": "types",
+    "Runtime": "types",
+    "Sampling": "types",
+    "StageContext": "types",
+}
+_MODULES = ("checkpoint", "events")
+
+__all__ = [*_HOME, *_MODULES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

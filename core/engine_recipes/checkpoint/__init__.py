@@ -1,0 +1,1 @@
+"""The TensorRT-LLM checkpoint: read, write, verify, convert."""

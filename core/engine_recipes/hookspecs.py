@@ -1,0 +1,122 @@
+"""The hooks. A plugin is a module with some of these functions, marked `@hookimpl`; nothing to inherit.
+
+Each hook is called on the provider that the plan chose, by name; `validate` alone is asked of everyone involved
+(family, precision and engine).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pluggy
+
+from .decoder import Decoder
+from .types import Check, Runtime, StageContext
+
+NAME = "engine_recipes"
+hookspec = pluggy.HookspecMarker(NAME)
+hookimpl = pluggy.HookimplMarker(NAME)
+
+
+@hookspec
+def resolve_checkpoint(context: StageContext, config: Mapping[str, Any]) -> Decoder:
+    """Say what the model is. Called on the family, in a worker, after the source folder passed its checks.
+
+    Args:
+        context: as for every stage. `context.out` is for files a family wants beside the description; most
+            write none.
+        config: the checkpoint's parsed `config.json`.
+
+    Returns:
+        The description. Core then demands exactly the tensors, shapes and dtypes that it implies.
+
+    Example:
+        ```python
+        from engine_recipes import Decoder, from_hf, hookimpl
+
+        @hookimpl
+        def resolve_checkpoint(config) -> Decoder:
+            return from_hf(config, qkv_bias=True, dense_bias=False)
+        ```
+    """
+
+
+@hookspec
+def stage1(context: StageContext) -> None:
+    """Convert or quantize. Called on the precision, in a worker.
+
+    Write an artifact of the kind that the registry entry `gives` into `context.out`; for `trtllm-checkpoint` that
+    is `config.json` and `rank<r>.safetensors`, which core verifies before it publishes them.
+
+    Example:
+        ```python
+        from engine_recipes import checkpoint, hookimpl
+
+        @hookimpl
+        def stage1(context) -> None:
+            source = checkpoint.open_source(context.input("hf-checkpoint"))
+            checkpoint.convert(source, context.out, dtype="float16", tp_size=1, pp_size=1)
+        ```
+    """
+
+
+@hookspec
+def stage2(context: StageContext) -> None:
+    """Compile. Called on the engine, in a worker.
+
+    Turn the checkpoint in `context.inputs` into files the engine can load, in `context.out`. Tokenizer files are
+    copied beside them by core.
+
+    Example:
+        ```python
+        from engine_recipes import checkpoint, hookimpl
+
+        @hookimpl
+        def stage2(context) -> None:
+            weights = checkpoint.open_checkpoint(context.input("trtllm-checkpoint").path)
+            compile_somehow(weights, context.out / "model.engine")
+        ```
+    """
+
+
+@hookspec
+def validate(context: StageContext) -> list[Check]:
+    """Judge what was built. Called on the family, the precision and the engine, in a worker.
+
+    `context.inputs` are (engine, checkpoint, source). Return one Check a question asked, with value and limit
+    where there are numbers. Core joins the answers; one `fail` rejects the engine.
+
+    Example:
+        ```python
+        from engine_recipes import Check, hookimpl
+
+        @hookimpl
+        def validate(context) -> list[Check]:
+            size = sum(f.stat().st_size for f in context.inputs[0].path.iterdir())
+            return [Check("engine size", "pass" if size else "fail", value=size, limit=1, note="bytes")]
+        ```
+    """
+
+
+@hookspec
+def load_engine(folder: Path, options: Mapping[str, Any]) -> Runtime:
+    """Load a built engine. Called on the engine, by `run`, `validate` and `bench` alike.
+
+    Args:
+        folder: the engine's folder, as stage 2 wrote it, with tokenizer files and `manifest.json`.
+        options: of the runtime, from `--set run.…`; may be ignored.
+
+    Returns:
+        A Runtime. Its `logits` may return None where the engine does not give them.
+
+    Example:
+        ```python
+        from engine_recipes import hookimpl
+
+        @hookimpl
+        def load_engine(folder):
+            return MyRuntime(folder / "model.engine")
+        ```
+    """

@@ -1,0 +1,146 @@
+"""The data that crosses boundaries: between core and plugins, and between processes.
+
+Plain frozen dataclasses with names, numbers and paths; no live objects, so that a stage can run in another
+process, another environment or on another machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from .errors import RequestError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Value = str | int | float | bool
+StageName = Literal["resolve", "stage1", "stage2", "validate"]
+Verdict = Literal["pass", "warn", "fail", "not run"]
+
+#: Artifact kinds that core and the built-in plugins use. A plugin may add its own.
+HF_CHECKPOINT = "hf-checkpoint"
+TRTLLM_CHECKPOINT = "trtllm-checkpoint"
+
+
+@dataclass(frozen=True)
+class Ref:
+    """`MODEL[:PRECISION][@ENGINE]`, as written. A part that was left out is None."""
+
+    model: str
+    precision: str | None = None
+    engine: str | None = None
+
+    def __str__(self) -> str:
+        precision = f":{self.precision}" if self.precision else ""
+        engine = f"@{self.engine}" if self.engine else ""
+        return f"{self.model}{precision}{engine}"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a stage left behind: a complete, verified folder.
+
+    Attributes:
+        kind: what it is, matched against `takes` (`hf-checkpoint`, `trtllm-checkpoint`, `onnx-engine` …).
+        path: the folder. Read-only for everyone but the stage that wrote it.
+        key: sha256 of everything that determined its content, 64 hex digits.
+    """
+
+    kind: str
+    path: Path
+    key: str
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """All that a hook gets.
+
+    Attributes:
+        ref: the complete reference, `model:precision@engine`.
+        stage: which stage is running.
+        options: every option the stage knows, defaults filled in. Keys as in `--set`, without the prefix
+            (`build.` for stage 2, `gate.` for validate).
+        inputs: what earlier stages left, nearest first: stage 1 gets (source,), stage 2 (checkpoint, source),
+            validate (engine, checkpoint, source).
+        out: an empty folder; write here and nowhere else. It is published by one rename when the hook returns.
+        target: what the engine is for: `cpu`, `sm89` …
+    """
+
+    ref: str
+    stage: StageName
+    options: Mapping[str, Value]
+    inputs: tuple[Artifact, ...]
+    out: Path
+    target: str = "cpu"
+
+    def input(self, kind: str) -> Artifact:
+        """The nearest input of that kind. Raises RequestError if there is none."""
+        for artifact in self.inputs:
+            if artifact.kind == kind:
+                return artifact
+        have = ", ".join(a.kind for a in self.inputs) or "nothing"
+        raise RequestError(f"{self.stage} needs a {kind} and was given {have}", "check `takes` and `gives`")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was judged: what was measured, where the limit lies, and why it matters."""
+
+    name: str
+    verdict: Verdict
+    value: float | None = None
+    limit: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The judgement of one engine."""
+
+    verdict: Verdict = "not run"
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    checks: tuple[Check, ...] = ()
+    samples: tuple[Mapping[str, str], ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """The `validation` object of `build --json`."""
+        return {
+            "verdict": self.verdict,
+            "metrics": dict(self.metrics),
+            "checks": [vars(check) for check in self.checks],
+            "samples": [dict(sample) for sample in self.samples],
+        }
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose the next token.
+
+    Attributes:
+        max_tokens: most tokens to generate.
+        temperature: 0 is greedy; otherwise logits are divided by it before sampling.
+        seed: of the sampler; unused when greedy.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    seed: int = 0
+
+
+class Runtime(Protocol):
+    """A loaded engine. Works on token ids; text is the tokenizer's business."""
+
+    def generate(self, prompt: Sequence[int], sampling: Sampling, stop: frozenset[int] = frozenset()) -> Iterator[int]:
+        """Yield new token ids, one by one. Ends after `max_tokens`, or before the first id in `stop`."""
+        ...
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]] | None:
+        """Next-token logits for every position, float32 [len(ids), vocabulary]; None if the engine hides them."""
+        ...
+
+    def close(self) -> None:
+        """Give back memory and devices. Safe to call twice."""
+        ...

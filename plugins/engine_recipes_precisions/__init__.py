@@ -1,0 +1,1 @@
+"""Built-in precisions: what stage 1 does to the weights."""

@@ -1,0 +1,1 @@
+"""Built-in model families. Each writes only how it differs."""
