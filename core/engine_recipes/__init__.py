@@ -10,13 +10,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import checkpoint, events
+    from . import checkpoint, events, testing
+    from .api import Loaded, build, load, plan
     from .decoder import Decoder, from_hf
     from .errors import Interrupted, MachineError, RecipesError, Rejected, RequestError, StageFailed
     from .hookspecs import hookimpl
     from .types import Artifact, Check, Ref, Report, Runtime, Sampling, StageContext
 
 _HOME = {
+    "Loaded": "api",
+    "build": "api",
+    "load": "api",
+    "plan": "api",
     "Decoder": "decoder",
     "from_hf": "decoder",
     "Interrupted": "errors",
@@ -34,7 +39,7 @@ _HOME = {
     "Sampling": "types",
     "StageContext": "types",
 }
-_MODULES = ("checkpoint", "events")
+_MODULES = ("checkpoint", "events", "testing")
 
 __all__ = [*_HOME, *_MODULES, "__version__"]
 
@@ -42,10 +47,10 @@ __all__ = [*_HOME, *_MODULES, "__version__"]
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name in _MODULES:
-        return import_module(f".{name}", __name__)
     if name in _HOME:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

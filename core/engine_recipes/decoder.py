@@ -123,6 +123,7 @@ def from_hf(config: Mapping[str, Json], **differences: Any) -> Decoder:
     Raises:
         RequestError: a key is missing, of the wrong type, or the numbers contradict each other.
     """
+    _refuse(config)
     heads = _integer(config, "num_attention_heads")
     hidden = _integer(config, "hidden_size")
     theta, scaling = rope_settings(config)
@@ -186,6 +187,28 @@ def rope_settings(config: Mapping[str, Json]) -> tuple[float, dict[str, Json] | 
     if kind not in ROPE_SCALINGS:
         raise RequestError(f"unknown rope scaling {kind!r} in config.json", f"known: {', '.join(ROPE_SCALINGS)}")
     return float(theta), {**scaling, "rope_type": kind}
+
+
+def _refuse(config: Mapping[str, Json]) -> None:
+    """Refuse what this description has no field for, rather than describe another model."""
+    quantized = config.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        raise RequestError(
+            f"the source is already quantized (quantization_config, {method or 'unknown method'})",
+            "start from the unquantised original: quantizing twice loses quality, and its scales mean another thing",
+        )
+    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if config.get(key):
+            raise RequestError(
+                f"config.json says {key} = {config[key]!r}: a mixture of experts",
+                "only dense decoders are supported",
+            )
+    if config.get("partial_rotary_factor") not in (None, 1):
+        raise RequestError(
+            f"config.json says partial_rotary_factor = {config['partial_rotary_factor']!r}",
+            "only decoders that rotate whole heads are supported",
+        )
 
 
 def _check(decoder: Decoder) -> None:

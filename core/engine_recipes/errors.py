@@ -70,7 +70,7 @@ class Interrupted(RecipesError):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint that names up to three close matches of `name`, or lists a few known names."""
     names = sorted(set(known))
-    close = get_close_matches(name, names, n=3, cutoff=0.6)
+    close = get_close_matches(name, names, n=3, cutoff=0.6) or [known for known in names if known.startswith(name)][:3]
     if close:
         return f"did you mean {' or '.join(close)}?"
     shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")

@@ -40,6 +40,20 @@ class Ref:
 
 
 @dataclass(frozen=True)
+class Provider:
+    """Who runs a hook: a registry entry and the package it belongs to."""
+
+    kind: Literal["family", "precision", "engine"]
+    name: str
+    module: str
+    package: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name} ({self.package} {self.version})"
+
+
+@dataclass(frozen=True)
 class Artifact:
     """What a stage left behind: a complete, verified folder.
 

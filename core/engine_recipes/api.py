@@ -1,0 +1,226 @@
+"""What commands and scripts call: plan, build, load. Puts registry, facts, sources and store together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import facts as machine
+from . import planning, refs, registry, sources
+from .decoder import architecture_of
+from .errors import MachineError, RequestError
+from .events import Event
+from .facts import Facts
+from .planning import Plan, synthesized
+from .registry import Model, Registry
+from .sources import Located
+from .store import Store, default_workspace, read_manifest
+from .types import Provider, Ref, Runtime
+
+if TYPE_CHECKING:
+    from .runner import Build, How
+    from .tokenizer import Tokenizer
+
+
+def _ignore(event: Event) -> None:
+    """Listens to nothing."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A registry, a machine and a workspace: everything a command works on. Reads each of them when first used."""
+
+    workspace: Path
+    project: Path | None = None
+
+    @cached_property
+    def registry(self) -> Registry:
+        """All names."""
+        return registry.load(self.project)
+
+    @cached_property
+    def facts(self) -> Facts:
+        """This machine, with the versions of all that any entry requires."""
+        entries = [*self.registry.precisions.entries.values(), *self.registry.engines.entries.values()]
+        wanted = [r for entry in entries for r in entry.requires]
+        wanted += [r for e in self.registry.engines.entries.values() for rs in e.target_requires.values() for r in rs]
+        return machine.read(wanted)
+
+    @cached_property
+    def store(self) -> Store:
+        """The workspace."""
+        return Store(self.workspace)
+
+    def locate(self, model: Model) -> Located | None:
+        """The model's checkpoint, if it is on this machine."""
+        return sources.locate(model.source, self.store.workspace)
+
+    def model(self, ref: Ref) -> Model:
+        """The entry for a reference; made on the spot for a folder or a Hub id, its family found by architecture.
+
+        Raises:
+            RequestError: unknown name, no such folder, no family for it.
+            MachineError: a Hub id that is not on this machine.
+        """
+        if not (refs.is_folder(ref.model) or refs.is_hub_id(ref.model)):
+            return self.registry.models[ref.model]
+        folder = refs.is_folder(ref.model)
+        spec = f"file:{Path(ref.model).expanduser().absolute()}" if folder else f"hf:{ref.model}"
+        located = sources.locate([spec], self.store.workspace)
+        if located is None and folder:
+            raise RequestError(f"there is no folder {ref.model}", "give a folder with config.json and *.safetensors")
+        if located is None:
+            raise MachineError(f"{ref.model} is not on this machine", f"run `recipes fetch {ref.model}`")
+        family = self.registry.family_of(architecture_of(_config(located.folder)))
+        return synthesized(ref.model, family, spec)
+
+    def plan(
+        self,
+        text: str,
+        *,
+        engine: str | None = None,
+        target: str | None = None,
+        settings: Mapping[str, str] | None = None,
+    ) -> Plan:
+        """The plan for a reference as written."""
+        ref = self.registry.expand(refs.parse(text))
+        if engine:
+            if ref.engine not in (None, engine):
+                raise RequestError(f"{text} names engine {ref.engine}, --engine says {engine}", "name one of them")
+            ref = Ref(ref.model, ref.precision, engine)
+        model = self.model(ref)
+        return planning.make(
+            ref, self.registry, self.facts, model, self.locate(model), target=target, settings=settings
+        )
+
+    def fetch(self, model: Model, confirm: Callable[[str, int | None], bool]) -> Located:
+        """Get a model's checkpoint from the first source that has it."""
+        return sources.fetch(model.source, self.store.workspace, confirm=confirm)
+
+    def engine(self, plan: Plan) -> Path:
+        """The built engine for a plan: this very recipe's, else the newest that passed under the plain name.
+
+        Raises:
+            MachineError: there is none; the hint is the command that builds it.
+        """
+        slot = plan.stage("stage2").slot
+        folder = self.store.get(slot) if slot else None
+        if folder is None:
+            label = f"{refs.label(plan.model.name)}-{plan.precision.name}-{plan.engine.name}-{plan.target}"
+            plain = self.store.workspace / "engines" / label
+            folder = plain.resolve() if slot is None and read_manifest(plain) else None
+        if folder is None:
+            raise MachineError(f"{plan.ref} for {plan.target} is not built", f"run `recipes build {plan.ref}`")
+        return folder
+
+
+def open_setup(workspace: str | Path | None = None, project: str | Path | None = None) -> Setup:
+    """Everything a command works on.
+
+    Args:
+        workspace: default `RECIPES_WORKSPACE`, else the user data directory.
+        project: a registry file; default `./registry.toml`, if there is one.
+    """
+    return Setup(Path(workspace) if workspace else default_workspace(), Path(project) if project else None)
+
+
+def plan(ref: str, *, workspace: str | Path | None = None, **choices: Any) -> Plan:
+    """What `build` would do for a reference.
+
+    Args:
+        ref: `MODEL[:PRECISION][@ENGINE]`.
+        workspace: default `RECIPES_WORKSPACE`, else the user data directory.
+        choices: `engine`, `target`, `settings` (option -> text, as in `--set`).
+
+    Raises:
+        RecipesError: see the exit codes; `plan.blocked` holds what only this machine lacks.
+    """
+    return open_setup(workspace).plan(ref, **choices)
+
+
+def build(
+    ref: str,
+    *,
+    workspace: str | Path | None = None,
+    how: How | None = None,
+    listen: Callable[[Event], None] = _ignore,
+    **choices: Any,
+) -> Build:
+    """Build one engine and judge it; what is there already is reused.
+
+    Args:
+        ref: `MODEL[:PRECISION][@ENGINE]`.
+        workspace: default `RECIPES_WORKSPACE`, else the user data directory.
+        how: where to stop, whether to validate, whether to build again.
+        listen: gets progress events.
+        choices: as for `plan`.
+
+    Raises:
+        RecipesError: a stage failed, or the gate rejected the engine.
+    """
+    from . import runner
+
+    setup = open_setup(workspace)
+    result = runner.run(setup.plan(ref, **choices), setup.store, how or runner.How(), listen)
+    if result.error:
+        raise result.error
+    return result
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An engine ready to generate. `runtime` works on ids, `tokenizer` turns them into text and back."""
+
+    folder: Path
+    runtime: Runtime
+    tokenizer: Tokenizer
+    manifest: Mapping[str, Any]
+
+
+def load(ref: str | Plan, *, workspace: str | Path | None = None, **choices: Any) -> Loaded:
+    """Load a built engine.
+
+    Raises:
+        MachineError: it is not built, or its engine's packages are missing.
+    """
+    setup = open_setup(workspace)
+    return load_plan(setup, ref if isinstance(ref, Plan) else setup.plan(ref, **choices))
+
+
+def load_plan(setup: Setup, chosen: Plan, options: Mapping[str, Any] | None = None) -> Loaded:
+    """Load the engine of a plan."""
+    folder = setup.engine(chosen)
+    missing = setup.facts.missing(planning.requirements(chosen.engine, chosen.target))
+    if missing:
+        raise MachineError(
+            f"{chosen.engine.name} needs {', '.join(missing)}, not installed here", chosen.engine.install
+        )
+    return load_folder(folder, chosen.stage("stage2").provider, options)
+
+
+def load_folder(folder: Path, provider: Provider, options: Mapping[str, Any] | None = None) -> Loaded:
+    """Load an engine folder with the engine that made it."""
+    from .host import Host
+    from .tokenizer import Tokenizer
+
+    runtime = Host([provider]).load_engine(provider, folder, dict(options or {}))
+    return Loaded(folder, runtime, Tokenizer.load(folder), read_manifest(folder) or {})
+
+
+def _config(folder: Path) -> Mapping[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"{folder / 'config.json'} cannot be read: {error}", "a checkpoint folder in Hugging Face layout is needed"
+        ) from None
+    if not isinstance(config, dict):
+        raise RequestError(f"{folder / 'config.json'} holds no object", "download or copy the model again")
+    return config
+
+
+__all__: Sequence[str] = ("Loaded", "Setup", "build", "load", "load_folder", "load_plan", "open_setup", "plan")

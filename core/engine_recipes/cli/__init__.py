@@ -1,0 +1,109 @@
+"""The command line: wiring only. Each command's module is imported when it is called, so `--help` stays instant."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+import click
+
+from .. import __version__
+from ..errors import RecipesError, StageFailed, did_you_mean
+
+#: command -> (module, one line of help). The module holds a click command of the same name.
+COMMANDS = {
+    "list": ("listing", "every model × precision × engine, and what can be built here"),
+    "show": ("listing", "one recipe: source, settings and where they come from, needs, sizes"),
+    "fetch": ("building", "download a checkpoint: the only command that does"),
+    "plan": ("building", "the stages that build would run; changes nothing"),
+    "build": ("building", "build engines: resolve, stage 1, stage 2, validate"),
+    "run": ("running", "generate text with a built engine"),
+    "engines": ("upkeep", "what has been built"),
+    "rm": ("upkeep", "remove one engine"),
+    "gc": ("upkeep", "remove what nothing refers to"),
+    "plugins": ("listing", "installed packages and what each adds"),
+    "doctor": ("machine", "this machine: what can be built here, what to install for the rest"),
+    "completion": ("machine", "print a completion script for bash, zsh or fish"),
+}
+
+
+class Commands(click.Group):
+    """A group that knows its commands' names without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = import_module(f".{COMMANDS[cmd_name][0]}", __name__)
+        command: click.Command = getattr(module, f"{cmd_name}_command")
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise click.UsageError(f"no command {args[0]!r}\n{did_you_mean(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="A REF is MODEL[:PRECISION][@ENGINE]: qwen2.5-7b:fp16, ./my-finetune:bf16, Qwen/Qwen3-0.6B@onnxruntime.",
+)
+@click.version_option(__version__, message="%(version)s")
+def cli() -> None:
+    """Hugging Face checkpoint in, persistent inference engine out: built once, judged, deployed many times."""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit with the code that docs/exit-codes says."""
+    for sign in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sign, _interrupt)
+    try:
+        code = cli.main(arguments, prog_name="recipes", standalone_mode=False)
+        sys.stdout.flush()
+    except RecipesError as error:
+        report(error)
+        code = error.exit_code
+    except click.ClickException as error:
+        message, _, hint = error.format_message().partition("\n")
+        where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "recipes"
+        _say(message, hint or f"see `{where} --help`")
+        code = 2
+    except (KeyboardInterrupt, click.Abort):
+        _say("interrupted", "nothing that was finished is lost")
+        code = 130
+    except BrokenPipeError:  # `recipes list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 0
+    sys.exit(code or 0)
+
+
+def report(error: RecipesError) -> None:
+    """Two lines on stderr; before them what the failed tool printed last."""
+    if isinstance(error, StageFailed) and error.output:
+        click.echo(error.output, err=True)
+    _say(error.message, error.hint)
+    if os.environ.get("RECIPES_DEBUG", "0") != "0":
+        raise error
+
+
+def _say(message: str, hint: str) -> None:
+    click.echo(f"{click.style('error:', fg='red')} {message}", err=True)
+    if hint:
+        click.echo(f"       {hint}", err=True)
+
+
+def _interrupt(sign: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt

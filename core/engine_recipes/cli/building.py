@@ -1,0 +1,222 @@
+"""`fetch`, `plan`, `build`: each parses, calls one function, prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .. import events, refs, runner
+from ..api import Setup, open_setup
+from ..errors import RecipesError
+from ..planning import STAGES, Plan, human_bytes, synthesized
+from ..registry import Model
+from ..runner import Build, How
+from ..store import size_of
+from . import report
+from .common import (
+    complete_ref,
+    confirm,
+    json_option,
+    place_options,
+    print_json,
+    quiet_option,
+    read_settings,
+    recipe_options,
+    verbose_option,
+    yes_option,
+)
+from .progress import Lines, reporter
+
+
+@click.command("fetch")
+@click.argument("model", shell_complete=complete_ref)
+@json_option
+@quiet_option
+@yes_option
+@place_options
+def fetch_command(
+    model: str, as_json: bool, quiet: bool, yes: bool, workspace: str | None, project: str | None
+) -> None:
+    """Download a model's checkpoint: says how much, asks, resumes, verifies."""
+    setup = open_setup(workspace, project)
+    ref = setup.registry.expand(refs.parse(model))
+    located = fetch(setup, _to_fetch(setup, ref.model), yes, quiet)
+    if as_json:
+        data = {"model": ref.model, "source": str(located.source), "revision": located.revision}
+        print_json({"schema": 1, **data, "folder": str(located.folder), "bytes": size_of(located.folder)})
+    elif not quiet:
+        click.echo(f"{ref.model} is in {located.folder}")
+
+
+def _to_fetch(setup: Setup, name: str) -> Model:
+    """The entry to fetch. A Hub id needs none: its family is found when it is here."""
+    if refs.is_hub_id(name):
+        return synthesized(name, next(iter(setup.registry.families.entries.values())), f"hf:{name}")
+    if refs.is_folder(name):
+        return setup.model(refs.parse(name))
+    return setup.registry.models[name]
+
+
+def fetch(setup: Setup, model: Model, yes: bool, quiet: bool) -> Any:
+    """Fetch with progress on stderr; asks first, with the bars out of the way."""
+    with reporter(quiet) as lines, events.sink(lambda event: lines({**event, "stage": "fetch"})):
+
+        def ask(text: str, size: int | None) -> bool:
+            question = f"download {text} ({human_bytes(size) if size else 'size not known'})?"
+            lines.__exit__(None, None, None)
+            answer = confirm(question, yes)
+            lines.__enter__()
+            return answer
+
+        return setup.fetch(model, ask)
+
+
+@click.command("plan")
+@click.argument("ref", shell_complete=complete_ref)
+@json_option
+@recipe_options
+def plan_command(
+    ref: str,
+    as_json: bool,
+    engine: str | None,
+    target: str | None,
+    settings: tuple[str, ...],
+    workspace: str | None,
+    project: str | None,
+) -> None:
+    """The stages and keys that build would run, what is there already, and what is missing. Changes nothing."""
+    setup = open_setup(workspace, project)
+    plan = setup.plan(ref, engine=engine, target=target, settings=read_settings(settings))
+    rows = planned(setup, plan)
+    if as_json:
+        print_json({"schema": 1, "ref": str(plan.ref), "target": plan.target, "stages": rows})
+        return
+    click.echo(title(plan))
+    for row in rows:
+        key = row["key"][:8] or "-"
+        click.echo(f"  {row['name']:<9} {row['status']:<8} {key:<9} {row['provider']}")
+        if row["reason"] and row["status"] == "blocked":
+            click.echo(f"            {row['reason']}")
+        if row["path"]:
+            click.echo(f"            {row['path']}")
+
+
+def planned(setup: Setup, plan: Plan) -> list[dict[str, Any]]:
+    """One row a stage, as `plan --json` gives them."""
+    rows = []
+    engine = None
+    for stage in plan.stages:
+        path = runner.status(stage, setup.store, engine)
+        engine = path if stage.name == "stage2" else engine
+        blocked = plan.blocked is not None and path is None
+        reason = f"{plan.blocked.message}; {plan.blocked.hint}" if plan.blocked and blocked else ""
+        rows.append(
+            {
+                "name": stage.name,
+                "provider": str(stage.provider),
+                "key": stage.key,
+                "status": "cached" if path else "blocked" if blocked else "to run",
+                "command": None,
+                "reason": reason,
+                "options": stage.options,
+                "path": str(path) if path else None,
+            }
+        )
+    return rows
+
+
+def title(plan: Plan) -> str:
+    """What will be built, and what was chosen for the user."""
+    chosen = f"  (chosen here: {', '.join(plan.chosen)})" if plan.chosen else ""
+    return f"{click.style(str(plan.ref), bold=True)} for {plan.target}{chosen}"
+
+
+@click.command("build")
+@click.argument("references", nargs=-1, required=True, metavar="REF...", shell_complete=complete_ref)
+@click.option("--fetch", "may_fetch", is_flag=True, help="download what is missing (asks, unless -y)")
+@click.option("--until", type=click.Choice(["resolve", "stage1", "stage2"]), help="stop after this stage")
+@click.option("--no-validate", is_flag=True, help="do not judge the engine")
+@click.option("--force", is_flag=True, help="build again what is there already")
+@json_option
+@quiet_option
+@verbose_option
+@yes_option
+@recipe_options
+def build_command(
+    references: tuple[str, ...],
+    may_fetch: bool,
+    until: Any,
+    no_validate: bool,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    yes: bool,
+    engine: str | None,
+    target: str | None,
+    settings: tuple[str, ...],
+    workspace: str | None,
+    project: str | None,
+) -> None:
+    """Build engines: resolve, stage 1, stage 2, validate. What is there already is reused."""
+    if until and no_validate:
+        raise click.UsageError("--until stops before validation anyway\nleave out --no-validate")
+    setup = open_setup(workspace, project)
+    chosen = {"engine": engine, "target": target, "settings": read_settings(settings)}
+    how = How(until or STAGES[-1], not no_validate, force)
+    plans = _plans(setup, references, chosen, may_fetch, yes, quiet)
+    builds = []
+    try:
+        with reporter(quiet, verbose) as lines:
+            for plan in plans:
+                lines.say(title(plan))
+                builds.append(runner.run(plan, setup.store, how, lines))
+                _conclude(lines, builds[-1])
+    finally:
+        if as_json:
+            print_json({"schema": 1, "builds": [build.as_json() for build in builds]})
+    failures = [build.error for build in builds if build.error]
+    for failure in failures:
+        report(failure)
+    raise SystemExit(failures[0].exit_code if failures else 0)
+
+
+def _plans(
+    setup: Setup, references: tuple[str, ...], chosen: dict[str, Any], may_fetch: bool, yes: bool, quiet: bool
+) -> list[Plan]:
+    """All plans before any work, so that a wrong last argument does not cost an hour."""
+    plans = []
+    for text in references:
+        try:
+            plan = setup.plan(text, **chosen)
+        except RecipesError as error:
+            if not (may_fetch and error.exit_code == 3):
+                raise
+            plan = None
+        if may_fetch and (plan is None or plan.located is None):
+            ref = setup.registry.expand(refs.parse(text))
+            fetch(setup, plan.model if plan else _to_fetch(setup, ref.model), yes, quiet)
+            plan = setup.plan(text, **chosen)
+        assert plan is not None
+        if plan.blocked:
+            raise plan.blocked
+        plans.append(plan)
+    return plans
+
+
+def _conclude(lines: Lines, build: Build) -> None:
+    """The statistics of one build."""
+    if build.error:
+        return
+    engine = build.path("stage2")
+    peak = max((stage.peak_rss_bytes for stage in build.stages if stage.status == "run"), default=0)
+    memory = f", peak memory {human_bytes(peak)}" if peak else ""
+    verdict = {"not run": "not validated"}.get(build.report.verdict, f"validation: {build.report.verdict}")
+    lines.say(f"  {build.status} in {build.seconds:.1f} s{memory}; {verdict}")
+    for check in build.report.checks:
+        if check.verdict == "warn":
+            lines.warn({"text": f"{check.name}: {check.note}"})
+    if engine:
+        lines.say(f"  {engine}")
+        lines.say(f'  try: recipes run {build.plan.ref} "What is the capital of France?"')

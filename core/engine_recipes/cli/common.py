@@ -1,0 +1,100 @@
+"""What commands share: options, completion of references, tables and JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from ..errors import RequestError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def complete_ref(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """References that begin with what was typed: models first, then precisions, then engines."""
+    from ..registry import load
+
+    registry = load()
+    before, at, engine = incomplete.rpartition("@")
+    if at:
+        return [f"{before}@{name}" for name in registry.engines.entries if name.startswith(engine)]
+    model, colon, precision = incomplete.rpartition(":")
+    if colon:
+        return [f"{model}:{name}" for name in registry.precisions.entries if name.startswith(precision)]
+    return [name for name in (*registry.models.entries, *registry.aliases) if name.startswith(incomplete)]
+
+
+def complete_engine(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Engines that begin with what was typed."""
+    from ..registry import load
+
+    return [name for name in load().engines.entries if name.startswith(incomplete)]
+
+
+def place_options(function: F) -> F:
+    """`--workspace` and `--registry`."""
+    for option in (
+        click.option("--registry", "project", type=click.Path(dir_okay=False), help="a project's registry.toml"),
+        click.option("--workspace", metavar="DIR", type=click.Path(file_okay=False), help="where builds are kept"),
+    ):
+        function = option(function)
+    return function
+
+
+def recipe_options(function: F) -> F:
+    """Options that choose what is built, with `place_options`."""
+    for option in (
+        click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, help="an option of the recipe"),
+        click.option("--target", metavar="NAME", help="cpu, sm89 …; default: this machine"),
+        click.option("--engine", metavar="NAME", shell_complete=complete_engine, help="as @ENGINE in the reference"),
+    ):
+        function = option(function)
+    return place_options(function)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="one JSON document on stdout")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="errors only")
+verbose_option = click.option("-v", "--verbose", is_flag=True, help="also what the stages log")
+yes_option = click.option("-y", "--yes", is_flag=True, help="do not ask")
+
+
+def read_settings(pairs: Sequence[str]) -> dict[str, str]:
+    """`--set` pairs as a mapping. Raises RequestError for one without `=`, or two values for one key."""
+    settings: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise RequestError(f"--set {pair}: no KEY=VALUE", "for example --set tp_size=2")
+        if settings.get(key, value) != value:
+            raise RequestError(f"--set gives {key} twice: {settings[key]} and {value}", "give it once")
+        settings[key] = value
+    return settings
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """The one document on stdout."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Columns on stdout, as wide as their widest cell; the last one is not padded."""
+    table = [tuple(header), *(tuple(row) for row in rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    for number, row in enumerate(table):
+        cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)]
+        line = "  ".join([*cells, row[-1]]).rstrip()
+        click.echo(click.style(line, bold=True) if number == 0 else line)
+
+
+def confirm(text: str, yes: bool) -> bool:
+    """Ask on stderr. Without a terminal nobody can answer: that is an error, not a hang."""
+    import sys
+
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise RequestError(f"{text}: nobody is there to say yes", "add -y to say it beforehand")
+    return click.confirm(text, err=True)

@@ -1,0 +1,219 @@
+"""`list`, `show`, `plugins`: what exists. Imports no plugin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from .. import planning, refs
+from ..api import Setup, open_setup
+from ..planning import Plan, human_bytes
+from ..registry import Engine, Entry, Model, Precision
+from .common import complete_ref, json_option, place_options, print_json, print_table, read_settings, recipe_options
+
+
+@click.command("list")
+@click.option("--model", help="only models whose name holds this")
+@click.option("--ready", is_flag=True, help="only what can be built here and now")
+@json_option
+@place_options
+def list_command(model: str | None, ready: bool, as_json: bool, workspace: str | None, project: str | None) -> None:
+    """Every model × precision × engine, whether it can be built here, and if not, why."""
+    setup = open_setup(workspace, project)
+    rows = [
+        row
+        for row in recipes(setup)
+        if (not model or model in row["model"]) and (not ready or row["status"] == "ready")
+    ]
+    warn_of_problems(setup)
+    if as_json:
+        hidden = ("model", "target")
+        print_json({"schema": 1, "recipes": [{k: v for k, v in row.items() if k not in hidden} for row in rows]})
+        return
+    print_table(
+        ("RECIPE", "TARGET", "STATUS", "OWNER", "WHY"),
+        [
+            (row["ref"], row["target"], "built" if row["built"] else row["status"], row["owner"], row["reason"])
+            for row in rows
+        ],
+    )
+
+
+def recipes(setup: Setup) -> Iterator[dict[str, Any]]:
+    """One row a combination; the status is computed from this machine and from what the pair supports."""
+    built = built_labels(setup)
+    pairs = list(_pairs(setup))
+    for model in setup.registry.models.entries.values():
+        fetched = setup.locate(model) is not None
+        for precision, engine, target, status, reason in pairs:
+            if status == "ready" and not fetched:
+                status, reason = "missing", "checkpoint not fetched"
+            label = f"{refs.label(model.name)}-{precision.name}-{engine.name}-{target}"
+            yield {
+                "ref": f"{model.name}:{precision.name}@{engine.name}",
+                "model": model.name,
+                "family": model.family,
+                "precision": precision.name,
+                "engine": engine.name,
+                "target": target,
+                "owner": _owners(model, precision, engine),
+                "status": status,
+                "reason": reason,
+                "source": model.source[0],
+                "built": label in built,
+            }
+
+
+def _pairs(setup: Setup) -> Iterator[tuple[Precision, Engine, str, str, str]]:
+    """Precision, engine, target, status, reason: what holds for every model."""
+    for precision in setup.registry.precisions.entries.values():
+        for engine in setup.registry.engines.entries.values():
+            target = planning.default_target(engine, setup.facts)
+            reason, _ = planning.unsupported(precision, engine, target)
+            lacking = planning.lacking(precision, engine, target, setup.facts)
+            if reason:
+                yield precision, engine, target, "unsupported", reason
+            elif lacking:
+                yield precision, engine, target, "missing", lacking.message
+            else:
+                yield precision, engine, target, "ready", ""
+
+
+def built_labels(setup: Setup) -> set[str]:
+    """Names of all built engines, without their keys."""
+    return {folder.name.rpartition("-")[0] for folder, _ in setup.store.artifacts("engines")}
+
+
+def warn_of_problems(setup: Setup) -> None:
+    """Say what is wrong with installed packages; it stops nobody else's builds."""
+    for problem in setup.registry.problems:
+        click.echo(f"{click.style('warning:', fg='yellow')} {problem.owner}: {problem.text}", err=True)
+    for names in (setup.registry.families, setup.registry.models, setup.registry.precisions, setup.registry.engines):
+        for error in names.unusable.values():
+            click.echo(f"{click.style('warning:', fg='yellow')} {error.message}", err=True)
+
+
+def _owners(*entries: Entry) -> str:
+    """The packages involved, ours named only if nobody else is."""
+    names = list(dict.fromkeys(entry.owner.package for entry in entries))
+    others = [name for name in names if name != "engine-recipes"]
+    return ", ".join(others or names)
+
+
+@click.command("show")
+@click.argument("ref", shell_complete=complete_ref)
+@json_option
+@recipe_options
+def show_command(
+    ref: str,
+    as_json: bool,
+    engine: str | None,
+    target: str | None,
+    settings: tuple[str, ...],
+    workspace: str | None,
+    project: str | None,
+) -> None:
+    """One recipe: source and revision, every setting and where it came from, what it needs, sizes expected."""
+    setup = open_setup(workspace, project)
+    plan = setup.plan(ref, engine=engine, target=target, settings=read_settings(settings))
+    data = describe(setup, plan)
+    if as_json:
+        print_json({"schema": 1, **data})
+        return
+    click.echo(click.style(data["ref"], bold=True) + f" for {data['target']}")
+    source = data["source"]
+    for name, value in (
+        ("family", f"{data['family']}  (from {data['owners']['family']})"),
+        ("license", data["license"] or "not stated"),
+        ("source", " or ".join(source["specs"])),
+        ("revision", source["revision"] or "-"),
+        ("on disk", source["folder"] or "not fetched"),
+        ("needs", ", ".join(data["requires"]) or "nothing more"),
+        ("missing", ", ".join(data["missing"]) or "nothing"),
+        ("sizes", ", ".join(f"{k} about {human_bytes(v)}" for k, v in data["sizes"].items()) or "not known"),
+    ):
+        click.echo(f"  {name:<9} {value}")
+    click.echo("  settings")
+    for row in data["settings"]:
+        click.echo(f"    {row['key']} = {row['value']}  ({row['origin']})  {row['help']}")
+
+
+def describe(setup: Setup, plan: Plan) -> dict[str, Any]:
+    """What `show` prints."""
+    requires = [*plan.precision.requires, *planning.requirements(plan.engine, plan.target)]
+    settings = [
+        {"key": planning.PREFIXES[stage.name] + name, "value": s.value, "origin": s.origin, "help": s.help}
+        for stage in plan.stages
+        for name, s in stage.settings.items()
+    ]
+    return {
+        "ref": str(plan.ref),
+        "target": plan.target,
+        "family": plan.family.name,
+        "license": plan.model.license,
+        "parameters": plan.model.parameters,
+        "owners": {
+            kind: str(entry.owner)
+            for kind, entry in (
+                ("model", plan.model),
+                ("family", plan.family),
+                ("precision", plan.precision),
+                ("engine", plan.engine),
+            )
+        },
+        "source": {
+            "specs": list(plan.model.source),
+            "used": str(plan.located.source) if plan.located else None,
+            "revision": plan.located.revision if plan.located else None,
+            "folder": str(plan.located.folder) if plan.located else None,
+        },
+        "requires": requires,
+        "missing": setup.facts.missing(requires),
+        "sizes": sizes(plan.model, plan.precision, plan.engine),
+        "settings": settings,
+    }
+
+
+def sizes(model: Model, precision: Precision, engine: Engine) -> dict[str, int]:
+    """Bytes to expect, from the parameter count. Tables and norms make them a little larger."""
+    if not model.parameters:
+        return {}
+    weights = int(model.parameters * precision.bits / 8)
+    return {"source": model.parameters * 2, "checkpoint": weights, engine.name: weights}
+
+
+@click.command("plugins")
+@json_option
+@place_options
+def plugins_command(as_json: bool, workspace: str | None, project: str | None) -> None:
+    """Installed packages and what each adds."""
+    setup = open_setup(workspace, project)
+    registry = setup.registry
+    rows = []
+    for owner in registry.owners:
+        adds = {
+            names.kind: [name for name, entry in names.entries.items() if entry.owner is owner]
+            for names in (registry.families, registry.models, registry.precisions, registry.engines)
+        }
+        problems = [problem.text for problem in registry.problems if problem.owner is owner]
+        rows.append(
+            {"package": owner.package, "version": owner.version, "path": str(owner.path), **adds, "problems": problems}
+        )
+    for problem in registry.problems:
+        if problem.owner not in registry.owners:  # its file could not be read at all
+            rows.append(
+                {"package": problem.owner.package, "version": problem.owner.version, "path": str(problem.owner.path)}
+                | {"families": [], "models": [], "precisions": [], "engines": [], "problems": [problem.text]}
+            )
+    if as_json:
+        print_json({"schema": 1, "plugins": rows})
+        return
+    for row in rows:
+        click.echo(click.style(f"{row['package']} {row['version']}".strip(), bold=True) + f"  {row['path']}")
+        for kind in ("families", "precisions", "engines", "models"):
+            if row[kind]:
+                click.echo(f"  {kind:<11} {', '.join(row[kind])}")
+        for text in row["problems"]:
+            click.echo(f"  {click.style('problem', fg='red')}     {text}")

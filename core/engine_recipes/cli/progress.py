@@ -1,0 +1,124 @@
+"""Events to the terminal, on stderr: bars where there is a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+import click
+
+from ..events import Event
+from ..planning import human_bytes
+
+_NAMES = {"resolve": "resolve", "stage1": "stage 1", "stage2": "stage 2", "validate": "validate", "fetch": "fetch"}
+_EVERY = 5.0  # seconds between plain progress lines
+
+
+class Lines:
+    """Plain lines. Use as a context manager; call with events."""
+
+    def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
+        self.quiet, self.verbose = quiet, verbose
+        self._said = time.monotonic()
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        pass
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        getattr(self, event["event"], lambda event: None)(event)
+
+    def say(self, text: str) -> None:
+        """One line, unless quiet."""
+        if not self.quiet:
+            click.echo(text, err=True)
+
+    def stage(self, event: Event) -> None:
+        """A stage began, ended or was there already."""
+        what = event["status"]
+        if what == "started":
+            self.line(event, event["provider"])
+        elif what == "cached":
+            self.line(event, "there already")
+        elif what == "waiting":
+            self.line(event, "another process is building this: waiting for it")
+        else:
+            size = f", {human_bytes(event['bytes'])}" if "bytes" in event else ""
+            verdict = f", {event['verdict']}" if "verdict" in event else ""
+            self.line(event, f"done in {event['seconds']:.1f} s{size}{verdict}")
+
+    def line(self, event: Event, text: str) -> None:
+        """One line about a stage."""
+        self.say(f"  {_NAMES.get(event.get('stage', ''), ''):<9}{text}")
+
+    def progress(self, event: Event) -> None:
+        """How far it is, every few seconds."""
+        if time.monotonic() - self._said >= _EVERY:
+            self._said = time.monotonic()
+            self.line(event, f"{event['label']}: {_amount(event)}")
+
+    def log(self, event: Event) -> None:
+        """What a tool said, with -v."""
+        if self.verbose:
+            self.line(event, event["text"])
+
+    def warn(self, event: Event) -> None:
+        """What the user should see now."""
+        if not self.quiet:
+            click.echo(f"{click.style('warning:', fg='yellow')} {event['text']}", err=True)
+
+
+class Bars(Lines):
+    """Bars on a terminal; the lines stay above them."""
+
+    def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
+        super().__init__(quiet, verbose)
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"))
+        self._bars = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._bars.stop()
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            self._bars.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def stage(self, event: Event) -> None:
+        super().stage(event)
+        for task in self._tasks.values():
+            self._bars.remove_task(task)
+        self._tasks.clear()
+
+    def progress(self, event: Event) -> None:
+        label, total = event["label"], event["total"] or None
+        if label not in self._tasks:
+            self._tasks[label] = self._bars.add_task(label, total=total, amount="")
+        self._bars.update(self._tasks[label], completed=event["done"], total=total, amount=_amount(event))
+
+    def warn(self, event: Event) -> None:
+        self.say(f"warning: {event['text']}")
+
+
+def reporter(quiet: bool = False, verbose: bool = False) -> Lines:
+    """Bars if stderr is a terminal, else lines."""
+    return Bars(quiet, verbose) if sys.stderr.isatty() and not quiet else Lines(quiet, verbose)
+
+
+def _amount(event: Event) -> str:
+    done, total, unit = event["done"], event["total"], event["unit"]
+    if unit == "B":
+        return f"{human_bytes(done)} of {human_bytes(total)}" if total else human_bytes(done)
+    return f"{done:g} of {total:g} {unit}" if total else f"{done:g} {unit}"

@@ -1,0 +1,108 @@
+"""`run`: text from a built engine, streamed to stdout."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import click
+
+from ..api import Loaded, load_plan, open_setup
+from ..types import Sampling
+from .common import complete_ref, json_option, print_json, quiet_option, read_settings, recipe_options
+
+
+@click.command("run")
+@click.argument("ref", shell_complete=complete_ref)
+@click.argument("prompt")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy")
+@click.option("--seed", type=int, default=0, show_default=True, help="of the sampler")
+@click.option("--raw", is_flag=True, help="no chat template: the prompt as it is")
+@json_option
+@quiet_option
+@recipe_options
+def run_command(
+    ref: str,
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    raw: bool,
+    as_json: bool,
+    quiet: bool,
+    engine: str | None,
+    target: str | None,
+    settings: tuple[str, ...],
+    workspace: str | None,
+    project: str | None,
+) -> None:
+    """Generate text with a built engine."""
+    setup = open_setup(workspace, project)
+    plan = setup.plan(ref, engine=engine, target=target, settings=read_settings(settings))
+    started = time.monotonic()
+    loaded = load_plan(setup, plan)
+    seconds = time.monotonic() - started
+    answer = Answer(loaded, prompt, Sampling(max_tokens, temperature, seed), raw)
+    try:
+        for piece in answer.stream():
+            if not as_json:
+                click.echo(piece, nl=False)
+    finally:
+        loaded.runtime.close()
+    if as_json:
+        print_json(answer.as_json(seconds))
+        return
+    click.echo()
+    if not quiet:
+        rate = answer.tokens_per_second
+        speed = f", {rate:.1f} tokens/s after the first" if rate else ""
+        loading = f"loaded in {seconds:.2f} s, first token after {answer.first_token_seconds:.2f} s"
+        click.echo(f"[{loading}, {answer.generated_tokens} tokens{speed}]", err=True)
+
+
+class Answer:
+    """One generation, timed while it streams."""
+
+    def __init__(self, loaded: Loaded, prompt: str, sampling: Sampling, raw: bool) -> None:
+        self._loaded, self._sampling = loaded, sampling
+        tokenizer = loaded.tokenizer
+        text = prompt if raw else tokenizer.chat([{"role": "user", "content": prompt}])
+        self._ids = tokenizer.encode(text, special=raw)
+        self.text = ""
+        self.generated_tokens = 0
+        self.first_token_seconds = 0.0
+        self._seconds = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed: tokens after the first, over the time after the first."""
+        more = self._seconds - self.first_token_seconds
+        return (self.generated_tokens - 1) / more if self.generated_tokens > 1 and more > 0 else 0.0
+
+    def stream(self) -> Iterator[str]:
+        """Pieces of text as they are generated."""
+        for piece in self._loaded.tokenizer.stream(self._timed()):
+            self.text += piece
+            yield piece
+
+    def _timed(self) -> Iterator[int]:
+        started = time.monotonic()
+        for token in self._loaded.runtime.generate(self._ids, self._sampling, self._loaded.tokenizer.stop_ids):
+            self._seconds = time.monotonic() - started
+            self.generated_tokens += 1
+            if self.generated_tokens == 1:
+                self.first_token_seconds = self._seconds
+            yield token
+
+    def as_json(self, load_seconds: float) -> dict[str, object]:
+        """The document of `run --json`."""
+        return {
+            "schema": 1,
+            "text": self.text,
+            "prompt_tokens": len(self._ids),
+            "generated_tokens": self.generated_tokens,
+            "load_seconds": round(load_seconds, 3),
+            "first_token_seconds": round(self.first_token_seconds, 4),
+            "tokens_per_second": round(self.tokens_per_second, 2),
+        }

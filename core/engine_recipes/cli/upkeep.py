@@ -1,0 +1,151 @@
+"""`engines`, `rm`, `gc`: what has been built, and getting rid of it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import runner
+from ..api import Setup, open_setup
+from ..errors import RequestError, did_you_mean
+from ..planning import human_bytes
+from ..store import Store, size_of
+from .common import confirm, json_option, place_options, print_json, print_table, yes_option
+
+
+@click.command("engines")
+@json_option
+@place_options
+def engines_command(as_json: bool, workspace: str | None, project: str | None) -> None:
+    """What has been built, with its verdict. A star marks what the plain name points to."""
+    store = open_setup(workspace, project).store
+    rows = [_row(store, folder, manifest) for folder, manifest in store.artifacts("engines")]
+    if as_json:
+        print_json({"schema": 1, "workspace": str(store.workspace), "engines": rows})
+        return
+    if not rows:
+        click.echo(f"nothing built yet in {store.workspace}", err=True)
+        return
+    print_table(
+        ("ENGINE", "RECIPE", "TARGET", "SIZE", "STATUS", "BUILT"),
+        [
+            (
+                r["name"] + (" *" if r["published"] else ""),
+                r["ref"],
+                r["target"],
+                human_bytes(r["bytes"]),
+                r["status"],
+                r["created"],
+            )
+            for r in rows
+        ],
+    )
+    click.echo(f"in {store.workspace / 'engines'}", err=True)
+
+
+def _row(store: Store, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    verdict = runner.read_report(folder).verdict
+    plain = store.plain(folder)
+    return {
+        "name": folder.name,
+        "ref": manifest.get("ref", ""),
+        "target": manifest.get("target", ""),
+        "status": {"not run": "unverified", "fail": "rejected", "warn": "verified, warnings"}.get(verdict, "verified"),
+        "verdict": verdict,
+        "published": plain.is_symlink() and plain.resolve() == folder.resolve(),
+        "bytes": size_of(folder),
+        "created": manifest.get("created", ""),
+        "path": str(folder),
+    }
+
+
+@click.command("rm")
+@click.argument("name")
+@yes_option
+@place_options
+def rm_command(name: str, yes: bool, workspace: str | None, project: str | None) -> None:
+    """Remove one engine, by its folder name as `recipes engines` shows it, or by the plain name."""
+    store = open_setup(workspace, project).store
+    folders = {folder.name: folder for folder, _ in store.artifacts("engines")}
+    folder = folders.get(name) or folders.get((store.workspace / "engines" / name).resolve().name)
+    if folder is None:
+        raise RequestError(f"no engine named {name!r}", did_you_mean(name, folders))
+    if not confirm(f"remove {folder.name} ({human_bytes(size_of(folder))})?", yes):
+        return
+    plain = store.plain(folder)
+    if plain.is_symlink() and plain.resolve() == folder.resolve():
+        plain.unlink()
+        newest = _newest_passed(store, plain, folder)
+        if newest:
+            store.link(newest)
+    _remove(folder)
+    click.echo(f"removed {folder}", err=True)
+
+
+def _newest_passed(store: Store, plain: Path, without: Path) -> Path | None:
+    """The newest other build of the same recipe that passed its validation."""
+    passed = [
+        folder
+        for folder, _ in store.artifacts("engines")
+        if store.plain(folder) == plain and folder != without and runner.read_report(folder).verdict in ("pass", "warn")
+    ]
+    return passed[-1] if passed else None
+
+
+def _remove(folder: Path) -> None:
+    """Rename first, so that a kill halfway leaves nothing that looks whole."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    doomed = folder.with_name(f".tmp-{folder.name.removeprefix('.tmp-')}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+@click.command("gc")
+@click.option("--dry-run", is_flag=True, help="only say what would go")
+@json_option
+@yes_option
+@place_options
+def gc_command(dry_run: bool, as_json: bool, yes: bool, workspace: str | None, project: str | None) -> None:
+    """Remove incomplete folders, and checkpoints and sources that no engine was built from."""
+    setup = open_setup(workspace, project)
+    doomed = unreferenced(setup)
+    total = sum(size for _, size in doomed)
+    if not as_json:
+        for path, size in doomed:
+            click.echo(f"{human_bytes(size):>9}  {path}")
+    gone = bool(doomed) and not dry_run and confirm(f"remove {len(doomed)} folders, {human_bytes(total)}?", yes)
+    if gone:
+        for path, _ in doomed:
+            _remove(path)
+    if as_json:
+        rows = [{"path": str(path), "bytes": size} for path, size in doomed]
+        print_json({"schema": 1, "removed": gone, "bytes": total, "folders": rows})
+    elif not doomed:
+        click.echo("nothing to remove", err=True)
+
+
+def unreferenced(setup: Setup) -> list[tuple[Path, int]]:
+    """What can go: garbage; then what no engine, and no checkpoint that stays, has as an input."""
+    store = setup.store
+    doomed = store.garbage()
+    wanted = _inputs([manifest for _, manifest in store.artifacts("engines")])
+    wanted |= {key for folder, manifest in store.artifacts("sources") for key in _downloaded(folder, manifest)}
+    for place in ("checkpoints", "sources"):
+        doomed += [
+            folder for folder, manifest in store.artifacts(place) if manifest.get("key", folder.name) not in wanted
+        ]
+    return [(path, size_of(path) if not path.is_symlink() else 0) for path in doomed]
+
+
+def _inputs(manifests: list[dict[str, Any]]) -> set[str]:
+    return {artifact["key"] for manifest in manifests for artifact in manifest.get("inputs", [])}
+
+
+def _downloaded(folder: Path, manifest: dict[str, Any]) -> set[str]:
+    """A fetched checkpoint has no key. It stays: getting it back would cost the network."""
+    return set() if "key" in manifest else {folder.name}

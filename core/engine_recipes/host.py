@@ -1,0 +1,107 @@
+"""Imports the modules a plan names and calls the chosen provider. The only user of pluggy."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pluggy
+
+from . import hookspecs
+from .decoder import Decoder
+from .errors import MachineError
+from .types import Check, Provider, Runtime, StageContext
+
+
+class Host:
+    """A plugin manager that holds just the providers it was asked to load."""
+
+    def __init__(self, providers: Iterable[Provider] = ()) -> None:
+        self._manager = pluggy.PluginManager(hookspecs.NAME)
+        self._manager.add_hookspecs(hookspecs)
+        if os.environ.get("RECIPES_TRACE", "0") != "0":
+            self._manager.add_hookcall_monitoring(_trace_call, _trace_result)
+        for provider in providers:
+            self.load(provider)
+
+    def load(self, provider: Provider) -> None:
+        """Import a provider's module and check its hooks. Loading twice is the same as once.
+
+        Raises:
+            MachineError: the module cannot be imported, or has a hook that does not exist; whose it is, is said.
+        """
+        if self._manager.has_plugin(provider.module):
+            return
+        try:
+            module = import_module(provider.module)
+        except Exception as error:  # the one guard around foreign code at import
+            raise _unusable(provider, f"{type(error).__name__}: {error}") from error
+        try:
+            self._manager.register(module, name=provider.module)
+            self._manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            self._manager.unregister(name=provider.module)
+            reason = str(error).splitlines()[-1].strip()
+            raise _unusable(provider, f"{reason}; hooks are {', '.join(sorted(_HOOKS))}") from error
+
+    def resolve_checkpoint(self, provider: Provider, context: StageContext, config: Mapping[str, Any]) -> Decoder:
+        """Ask a family what the model is."""
+        decoder = self._one("resolve_checkpoint", provider)(context=context, config=config)
+        if not isinstance(decoder, Decoder):
+            raise _unusable(provider, f"resolve_checkpoint returned {type(decoder).__name__}, not Decoder")
+        return decoder
+
+    def stage1(self, provider: Provider, context: StageContext) -> None:
+        """Have a precision write a checkpoint."""
+        self._one("stage1", provider)(context=context)
+
+    def stage2(self, provider: Provider, context: StageContext) -> None:
+        """Have an engine compile."""
+        self._one("stage2", provider)(context=context)
+
+    def load_engine(self, provider: Provider, folder: Path, options: Mapping[str, Any]) -> Runtime:
+        """Have an engine load what it compiled."""
+        runtime: Runtime = self._one("load_engine", provider)(folder=folder, options=options)
+        return runtime
+
+    def validate(self, context: StageContext) -> list[Check]:
+        """Ask everyone who is loaded, in the order of loading."""
+        answers = self._manager.hook.validate(context=context)
+        return [check for answer in reversed(answers) for check in answer or ()]
+
+    def _one(self, hook: str, provider: Provider) -> Callable[..., Any]:
+        """The hook of one provider alone: pluggy would call every plugin and answer with the last registered."""
+        self.load(provider)
+        others = [p for name, p in self._manager.list_name_plugin() if name != provider.module]
+        caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
+        if not caller.get_hookimpls():
+            raise _unusable(provider, f"{provider.module} has no `@hookimpl def {hook}`")
+
+        return lambda **arguments: _first(caller(**arguments))
+
+
+_HOOKS = ("resolve_checkpoint", "stage1", "stage2", "validate", "load_engine")
+
+
+def _first(results: list[Any]) -> Any:
+    """pluggy leaves None out of the results."""
+    return results[0] if results else None
+
+
+def _unusable(provider: Provider, reason: str) -> MachineError:
+    return MachineError(
+        f"{provider} cannot be used: {reason}", f"mend or uninstall {provider.package}, or report this to its authors"
+    )
+
+
+def _trace_call(hook: str, impls: Any, arguments: Mapping[str, Any]) -> None:
+    names = ", ".join(impl.plugin_name for impl in impls)
+    print(f"hook {hook} -> {names}: {dict(arguments)}", file=sys.stderr)
+
+
+def _trace_result(outcome: Any, hook: str, impls: Any, arguments: Mapping[str, Any]) -> None:
+    print(f"hook {hook} <- {outcome.exception or outcome.get_result()}", file=sys.stderr)

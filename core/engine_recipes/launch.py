@@ -1,0 +1,141 @@
+"""Starts a worker, hands it one call, listens. Its death is an error with the last lines of its output."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from . import errors
+from .events import Event
+
+#: -c rather than -m: the folder the user stands in must not be importable.
+_START = "import sys; sys.path[:] = sys.argv[1:]; from engine_recipes.worker import main; main()"
+#: No telemetry from libraries that stages use, and no spinning threads where cores are shared.
+_ENVIRONMENT = {
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TRTLLM_NO_USAGE_STATS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "PYTHONUNBUFFERED": "1",
+}
+_LAST_LINES = 20
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a worker sent at the end. Memory in bytes."""
+
+    value: Any
+    peak_rss_bytes: int
+
+
+def call(what: str, request: Mapping[str, Any], log: Path | None, listen: Callable[[Event], None]) -> Answer:
+    """Run one call in a fresh process.
+
+    Args:
+        what: who does what, for messages: `stage1 of precision fp16 (engine-recipes 0.1.0)`.
+        request: the call, see worker.perform.
+        log: file that gets everything the worker and its tools print; None throws it away.
+        listen: gets progress, log and warn events as they come.
+
+    Raises:
+        RecipesError: what the worker raised.
+        StageFailed: it died, or its code has a bug; `output` holds the last lines.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", _START, *[p or os.getcwd() for p in sys.path]],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**_ENVIRONMENT, **os.environ},
+        start_new_session=True,  # so that one signal reaches the worker's own children too
+    )
+    assert process.stdin and process.stdout and process.stderr
+    last: deque[str] = deque(maxlen=_LAST_LINES)
+    reader = threading.Thread(target=_keep, args=(process.stderr, log, last), daemon=True)
+    reader.start()
+    try:
+        process.stdin.write(json.dumps(request).encode() + b"\n")
+        process.stdin.flush()
+        final = _listen(process.stdout, listen, last)
+        process.wait()
+    except BrokenPipeError:
+        final = None
+        process.wait()
+    finally:
+        stop(process)
+        reader.join(timeout=5)
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            with suppress(BrokenPipeError):
+                pipe.close()
+    return _answer(what, final, process.returncode, "\n".join(last), log)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a worker and everything it started."""
+    for sign, patience in ((signal.SIGTERM, 3), (signal.SIGKILL, 10)):
+        try:
+            os.killpg(process.pid, sign)
+            process.wait(timeout=patience)
+        except (ProcessLookupError, PermissionError):
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    process.poll()
+
+
+def _listen(pipe: IO[bytes], listen: Callable[[Event], None], last: deque[str]) -> Event | None:
+    final = None
+    for line in pipe:
+        try:
+            event = json.loads(line)
+        except ValueError:  # cut short by a kill
+            continue
+        if event["event"] in ("result", "error", "crash"):
+            final = event
+        else:
+            if event["event"] == "log":
+                last.append(event["text"])
+            listen(event)
+    return final
+
+
+def _keep(pipe: IO[bytes], log: Path | None, last: deque[str]) -> None:
+    with (log or Path(os.devnull)).open("ab") as file:
+        for line in pipe:
+            file.write(line)
+            file.flush()
+            last.append(line.decode(errors="replace").rstrip())
+
+
+def _answer(what: str, final: Event | None, code: int, output: str, log: Path | None) -> Answer:
+    where = f"its whole output: {log}" if log else ""
+    if final is None:
+        raise errors.StageFailed(f"{what} {_died(code)}", f"{_why(code)}{where}", output)
+    if final["event"] == "crash":
+        raise errors.StageFailed(f"{what} failed: {final['message']}", where, output)
+    if final["event"] == "error":
+        raise getattr(errors, final["kind"], errors.StageFailed)(final["message"], final["hint"])
+    return Answer(final["value"], final["peak_rss_bytes"])
+
+
+def _died(code: int) -> str:
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with exit code {code} and no result"
+
+
+def _why(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "the kernel kills so when memory runs out: free some, or split the work; "
+    return ""

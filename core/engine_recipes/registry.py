@@ -1,0 +1,416 @@
+"""The registry: which names exist, who owns them, which module carries each. Imports no plugin.
+
+Fragments are merged in layers: packages (ours and installed ones, equals) < user < project. Packages that claim
+the same name contest it; the user's and the project's files may change any field, and the origin is remembered.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from . import __version__
+from .errors import RequestError, did_you_mean
+from .refs import NAME
+from .structure import quote, structure, suggest
+from .types import HF_CHECKPOINT, TRTLLM_CHECKPOINT, Ref, Value
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+API = 1
+GROUP = "engine_recipes"
+_OURS = "engine-recipes"
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who a name belongs to: the package (or file) that its fragment lies in."""
+
+    package: str
+    version: str = ""
+    path: Path = Path()
+
+    def __str__(self) -> str:
+        return f"{self.package} {self.version}".strip()
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting of a stage: its default says its type."""
+
+    default: Value
+    choices: tuple[Value, ...] = ()
+    min: float | None = None
+    max: float | None = None
+    help: str = ""
+
+    @classmethod
+    def from_value(cls, value: Any) -> Option:
+        """`tp_size = 1` is short for `tp_size = { default = 1 }`."""
+        return cls(value)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Hardware that a precision pays on, as a version range: `compute = ">=8.9"`. Empty: any."""
+
+    compute: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What all kinds of entry share.
+
+    Attributes:
+        settings: options that this entry sets for every build it takes part in, as in `--set`.
+        origins: field -> owner, for fields that another fragment than the owner's has set.
+    """
+
+    settings: Mapping[str, Value] = field(default_factory=dict)
+    name: str = field(default="", metadata={"toml": False})
+    owner: Owner = field(default=Owner(""), metadata={"toml": False})
+    origins: Mapping[str, Owner] = field(default_factory=dict, metadata={"toml": False})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family(Entry):
+    """Models that share a description. `architectures` are the class names of `config.json` it knows."""
+
+    module: str
+    architectures: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Entry):
+    """One model. `source` are the places its checkpoint may come from, in order of preference."""
+
+    family: str
+    source: tuple[str, ...]
+    parameters: int = 0
+    license: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageEntry(Entry):
+    """A precision or an engine: what it needs, what it takes and gives, and its options.
+
+    Attributes:
+        requires: distributions, `onnx>=1.17`; alternatives are joined by `|`.
+        install: what to run when one is missing.
+    """
+
+    module: str
+    takes: tuple[str, ...]
+    gives: str
+    requires: tuple[str, ...] = ()
+    install: str = ""
+    options: Mapping[str, Option] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision(StageEntry):
+    """What stage 1 does. `bits` are bits per weight of the linear layers, for size estimates."""
+
+    takes: tuple[str, ...] = (HF_CHECKPOINT,)
+    gives: str = TRTLLM_CHECKPOINT
+    bits: float = 16
+    needs: Needs = Needs()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine(StageEntry):
+    """What stage 2 compiles to.
+
+    Attributes:
+        takes: checkpoint kinds it compiles.
+        targets: hardware it builds for: `cpu`, `sm89`, or `sm*`.
+        target_requires: more distributions, by target.
+        hardware: facts that go into the key: `target`, `gpu`, `driver`.
+    """
+
+    targets: tuple[str, ...]
+    target_requires: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    hardware: tuple[str, ...] = ("target",)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What is chosen when the request leaves it open. `engines` in order of preference."""
+
+    precision: str = "fp16"
+    engines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """One parsed file."""
+
+    owner: Owner
+    table: Mapping[str, Any]
+    installed: bool = True  # a package's, not the user's or the project's
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong in an installed package's fragment. It hurts only builds that name the entry."""
+
+    owner: Owner
+    text: str
+
+
+E = TypeVar("E", bound=Entry)
+_KINDS: dict[str, type[Entry]] = {"families": Family, "models": Model, "precisions": Precision, "engines": Engine}
+_SINGULAR = {"families": "family", "models": "model", "precisions": "precision", "engines": "engine"}
+
+
+@dataclass(frozen=True)
+class Names(Generic[E]):
+    """The entries of one kind, and why some names cannot be used."""
+
+    kind: str
+    entries: Mapping[str, E]
+    unusable: Mapping[str, RequestError]
+
+    def __getitem__(self, name: str) -> E:
+        if name in self.unusable:
+            raise self.unusable[name]
+        if name not in self.entries:
+            raise RequestError(f"no {_SINGULAR[self.kind]} named {name!r}", did_you_mean(name, self.entries))
+        return self.entries[name]
+
+
+@dataclass(frozen=True)
+class Registry:
+    """All names. Nothing behind them has been imported."""
+
+    families: Names[Family]
+    models: Names[Model]
+    precisions: Names[Precision]
+    engines: Names[Engine]
+    aliases: Mapping[str, str]
+    defaults: Defaults
+    problems: tuple[Problem, ...]
+    owners: tuple[Owner, ...]
+
+    def expand(self, ref: Ref) -> Ref:
+        """Replace an alias; what the request says itself wins over what the alias says."""
+        from .refs import parse
+
+        if ref.model not in self.aliases or ref.model in self.models.entries:
+            return ref
+        full = parse(self.aliases[ref.model])
+        return Ref(full.model, ref.precision or full.precision, ref.engine or full.engine)
+
+    def family_of(self, architecture: str) -> Family:
+        """The first family that knows an architecture, ours before installed ones. Raises RequestError if none does."""
+        found = [f for f in self.families.entries.values() if architecture in f.architectures]
+        if not found:
+            known = sorted({a for f in self.families.entries.values() for a in f.architectures})
+            raise RequestError(
+                f"no installed family knows the architecture {architecture}",
+                f"{did_you_mean(architecture, known)} or install a package that adds it (`recipes plugins`)",
+            )
+        return found[0]
+
+
+def load(project: Path | None = None) -> Registry:
+    """Read and merge every fragment of this machine.
+
+    Args:
+        project: the project's file; by default `./registry.toml`, if there is one.
+
+    Raises:
+        RequestError: our own, the user's or the project's file is wrong; all errors are listed.
+    """
+    fragments, problems = [_read(Owner(_OURS, __version__, Path(__file__).with_name("registry.toml")))], []
+    if os.environ.get("RECIPES_PLUGINS", "1") != "0":
+        for owner in installed():
+            try:
+                fragments.append(_read(owner))
+            except RequestError as error:
+                problems.append(Problem(owner, str(error)))
+    fragments += _local_fragments(project)
+    return merge(fragments, problems)
+
+
+def installed() -> list[Owner]:
+    """Other packages that advertise a `registry.toml` by an entry point in group `engine_recipes`. Imports none."""
+    from importlib.metadata import entry_points
+
+    owners = {}
+    for point in entry_points(group=GROUP):
+        if point.dist is not None and point.dist.name != _OURS:
+            owners[point.value] = Owner(point.dist.name, point.dist.version, _beside(point.value))
+    return sorted(owners.values(), key=lambda owner: owner.package)
+
+
+def _beside(package: str) -> Path:
+    """`registry.toml` in a top-level package's folder, found without running the package."""
+    from importlib.util import find_spec
+
+    spec = find_spec(package.partition(".")[0])
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        return Path(place, "registry.toml")
+    return Path(package, "registry.toml")
+
+
+def _local_fragments(project: Path | None) -> list[Fragment]:
+    config = os.environ.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser()
+    user = Path(config, "engine-recipes", "registry.toml")
+    if project is not None and not project.is_file():
+        raise RequestError(f"there is no file {project}", "give --registry a registry.toml")
+    places = [("your registry.toml", user), ("this project's registry.toml", project or Path("registry.toml"))]
+    ours = Path(__file__).with_name("registry.toml")
+    return [
+        _read(Owner(name, path=path), is_installed=False)
+        for name, path in places
+        if path.is_file() and not path.samefile(ours)
+    ]
+
+
+def _read(owner: Owner, is_installed: bool = True) -> Fragment:
+    try:
+        table = tomllib.loads(owner.path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RequestError(f"{owner.path} ({owner}) cannot be read: {reason}", "mend or remove that file") from None
+    api = table.pop("api", API)
+    if not isinstance(api, int) or api > API:
+        raise RequestError(
+            f"{owner.path} ({owner}) asks for plugin API {api}, this is {_OURS} {__version__} with API {API}",
+            f"install a newer {_OURS}, or an older {owner.package}",
+        )
+    return Fragment(owner, table, is_installed)
+
+
+def merge(fragments: Iterable[Fragment], problems: Iterable[Problem] = ()) -> Registry:
+    """Merge fragments into a registry. Errors in installed packages become problems, others are raised together."""
+    fragments = list(fragments)
+    merger = _Merger(fragments, list(problems))
+    known = {*_KINDS, "defaults", "aliases", "prefer"}
+    for fragment in fragments:
+        for key, value in fragment.table.items():
+            if key not in known:
+                merger.complain(fragment.owner, f"{key}: unknown{suggest(key, known)}")
+            elif not isinstance(value, Mapping):
+                merger.complain(fragment.owner, f"{key}: must be a table")
+    defaults = structure(Defaults, merger.joined("defaults"), "defaults", merger.local)
+    registry = Registry(
+        families=Names("families", *merger.kind("families", Family)),
+        models=Names("models", *merger.kind("models", Model)),
+        precisions=Names("precisions", *merger.kind("precisions", Precision)),
+        engines=Names("engines", *merger.kind("engines", Engine)),
+        aliases=merger.aliases(),
+        defaults=defaults or Defaults(),
+        problems=tuple(merger.problems),
+        owners=tuple(f.owner for f in fragments),
+    )
+    if merger.local:
+        lines = "\n  ".join(merger.local)
+        count = len(merger.local)
+        raise RequestError(
+            f"the registry has {count} error{'s' * (count > 1)}:\n  {lines}", "mend the file named in each line"
+        )
+    return registry
+
+
+class _Merger:
+    """Collects definitions of each name from all fragments and turns them into entries."""
+
+    def __init__(self, fragments: list[Fragment], problems: list[Problem]) -> None:
+        self.fragments, self.problems = fragments, problems
+        self.local: list[str] = []  # errors in files that the user can mend
+        self.prefer = self.joined("prefer")
+
+    def complain(self, owner: Owner, text: str) -> None:
+        if any(f.owner is owner and f.installed and owner.package != _OURS for f in self.fragments):
+            self.problems.append(Problem(owner, text))
+        else:
+            self.local.append(f"{owner.path}: {text}")
+
+    def tables(self, key: str) -> list[tuple[Fragment, Mapping[str, Any]]]:
+        found = [(f, f.table.get(key, {})) for f in self.fragments]
+        return [(f, t) for f, t in found if isinstance(t, Mapping)]
+
+    def joined(self, key: str) -> dict[str, Any]:
+        """Tables that only the first package, the user and the project may fill: later ones win."""
+        result: dict[str, Any] = {}
+        for fragment, table in self.tables(key):
+            if not fragment.installed or fragment.owner.package == _OURS:
+                result.update(table)
+        return result
+
+    def aliases(self) -> dict[str, str]:
+        result: dict[str, str] = {}
+        for fragment, table in self.tables("aliases"):
+            for name, ref in table.items():
+                if not isinstance(ref, str) or not NAME.fullmatch(name):
+                    self.complain(fragment.owner, f"aliases.{quote(name)}: must be a name and a reference")
+                elif not fragment.installed or name not in result:
+                    result[name] = ref
+        return result
+
+    def kind(self, kind: str, cls: type[E]) -> tuple[dict[str, E], dict[str, RequestError]]:
+        entries: dict[str, E] = {}
+        unusable: dict[str, RequestError] = {}
+        names = {name: None for _, table in self.tables(kind) for name in table}
+        for name in names:
+            found = [(f, t[name]) for f, t in self.tables(kind) if name in t]
+            claims = [(f, t) for f, t in found if f.installed]
+            chosen = [c for c in claims if c[0].owner.package == self.prefer.get(f"{kind}.{name}")] or claims
+            if len(chosen) > 1:
+                unusable[name] = _contested(kind, name, [f.owner for f, _ in chosen])
+                continue
+            layers = chosen[:1] + [c for c in found if not c[0].installed]
+            entry = self.entry(kind, cls, name, layers)
+            if isinstance(entry, RequestError):
+                unusable[name] = entry
+            else:
+                entries[name] = entry
+        return entries, unusable
+
+    def entry(self, kind: str, cls: type[E], name: str, layers: list[tuple[Fragment, Any]]) -> E | RequestError:
+        path, owner = f"{kind}.{quote(name)}", layers[0][0].owner
+        errors: list[str] = []
+        if not NAME.fullmatch(name):
+            errors.append(f"{path}: a name is lower-case letters, digits, '.', '_' and '-'")
+        table: dict[str, Any] = {}
+        origins: dict[str, Owner] = {}
+        for fragment, layer in layers:
+            if not isinstance(layer, Mapping):
+                errors.append(f"{path}: must be a table")
+                continue
+            _overlay(table, layer)
+            if fragment.owner is not owner:
+                origins.update({key: fragment.owner for key in layer})
+        entry = structure(cls, table, path, errors)
+        if entry is None or errors:
+            for error in errors:
+                field_name = error.removeprefix(f"{path}.").partition(":")[0].partition(".")[0]
+                self.complain(origins.get(field_name, owner), error)
+            return RequestError(f"{path} ({owner}) cannot be used: {errors[0]}", f"mend {owner.path}")
+        values = {f: getattr(entry, f) for f in cls.__dataclass_fields__} | {"name": name, "owner": owner}
+        return cls(**{**values, "origins": origins})
+
+
+def _overlay(table: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, Mapping) and isinstance(table.get(key), dict):
+            _overlay(table[key], value)
+        else:
+            table[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _contested(kind: str, name: str, owners: list[Owner]) -> RequestError:
+    who = " and ".join(str(owner) for owner in owners)
+    return RequestError(
+        f"{_SINGULAR[kind]} {name!r} is claimed by {who}",
+        f'uninstall one, or choose in your registry.toml: [prefer] "{kind}.{name}" = "{owners[0].package}"',
+    )

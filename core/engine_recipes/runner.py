@@ -1,0 +1,328 @@
+"""Walks a plan: for each stage a store hit, or the provider's hook in a worker. Emits events, prints nothing."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+from . import __version__, gate, history
+from .errors import Interrupted, MachineError, RecipesError, Rejected
+from .events import Event
+from .launch import Answer, call
+from .planning import STAGES, Plan, Stage
+from .store import Slot, Store, read_manifest, size_of, write_json
+from .types import Artifact, Check, Provider, Report, StageContext, StageName
+from .worker import context_as_json
+
+VALIDATION = "validation.json"
+StageStatus = Literal["run", "cached", "skipped", "failed"]
+BuildStatus = Literal["built", "cached", "rejected", "failed"]
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """How one stage went. Bytes of what it left, peak resident set of its process."""
+
+    name: StageName
+    status: StageStatus
+    seconds: float = 0.0
+    key: str = ""
+    path: Path | None = None
+    bytes: int = 0
+    peak_rss_bytes: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """The stage object of `build --json`."""
+        return {**asdict(self), "path": str(self.path) if self.path else None, "seconds": round(self.seconds, 3)}
+
+
+@dataclass(frozen=True)
+class Build:
+    """A finished build, also a failed one. `error` is why it is not usable."""
+
+    plan: Plan
+    status: BuildStatus
+    stages: tuple[StageResult, ...]
+    seconds: float
+    report: Report
+    error: RecipesError | None = None
+
+    def path(self, name: StageName) -> Path | None:
+        """Where a stage's result lies."""
+        return next((s.path for s in self.stages if s.name == name), None)
+
+    def as_json(self) -> dict[str, Any]:
+        """One build of `build --json`."""
+        checkpoint, engine = self.path("stage1"), self.path("stage2")
+        return {
+            "ref": str(self.plan.ref),
+            "model": self.plan.model.name,
+            "precision": self.plan.precision.name,
+            "engine": self.plan.engine.name,
+            "target": self.plan.target,
+            "status": self.status,
+            "stages": [stage.as_json() for stage in self.stages],
+            "checkpoint_dir": str(checkpoint) if checkpoint else None,
+            "engine_dir": str(engine) if engine else None,
+            "seconds": round(self.seconds, 3),
+            "validation": self.report.as_json(),
+        }
+
+
+@dataclass(frozen=True)
+class How:
+    """Choices about running, not about what is built; none of them is in a key."""
+
+    until: StageName = "validate"
+    validate: bool = True
+    force: bool = False
+
+
+def status(stage: Stage, store: Store, engine: Path | None = None) -> Path | None:
+    """Where the stage's result is, if it is there already. For validate: the engine's folder, if it was judged."""
+    if stage.slot is not None:
+        return store.get(stage.slot)
+    if stage.name == "validate" and engine and stage.key and _read_report(engine, stage.key):
+        return engine
+    return None
+
+
+def run(plan: Plan, store: Store, how: How, listen: Callable[[Event], None]) -> Build:
+    """Run what is missing. Never raises for a stage that fails: the build says so and `error` why.
+
+    Args:
+        plan: must not be blocked.
+        listen: gets `stage` events (name, status started, cached, waiting or finished) and what workers send,
+            each with the stage's name under `stage`.
+
+    Raises:
+        RecipesError: the plan is blocked, or the workspace cannot be written.
+        Interrupted: Ctrl-C; finished stages are kept.
+    """
+    if plan.blocked:
+        raise plan.blocked
+    started = time.monotonic()
+    walk = _Walk(plan, store, how, listen)
+    error: RecipesError | None = None
+    try:
+        walk.all()
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted", "finished stages are kept: run the same command to go on") from None
+    except RecipesError as failure:
+        error = failure
+    seconds = time.monotonic() - started
+    build = Build(plan, walk.outcome(error), tuple(walk.results), seconds, walk.report, error)
+    if any(result.status in ("run", "failed") for result in walk.results):
+        _remember(store, build)
+    return build
+
+
+class _Walk:
+    """One walk through a plan, and what came of it so far."""
+
+    def __init__(self, plan: Plan, store: Store, how: How, listen: Callable[[Event], None]) -> None:
+        self.plan, self.store, self.how, self.listen = plan, store, how, listen
+        self.results: list[StageResult] = []
+        self.artifacts: list[Artifact] = []  # nearest first, as hooks get them
+        self.report = Report()
+        self.checked = False
+
+    def all(self) -> None:
+        last = STAGES.index(self.how.until)
+        for stage in self.plan.stages[: last + 1]:
+            if stage.name == "validate":
+                self.validate(stage)
+            else:
+                self.build(stage)
+
+    def outcome(self, error: RecipesError | None) -> BuildStatus:
+        if isinstance(error, Rejected):
+            return "rejected"
+        if error:
+            return "failed"
+        return "built" if any(result.status == "run" for result in self.results) else "cached"
+
+    def build(self, stage: Stage) -> None:
+        assert stage.slot is not None
+        folder = None if self.how.force else self.store.get(stage.slot)
+        if folder is None:
+            with self.store.lock(stage.slot, lambda: self.tell(stage, "waiting")):
+                folder = None if self.how.force else self.store.get(stage.slot)  # somebody else built it meanwhile
+                if folder is None:
+                    folder = self.produce(stage, stage.slot)
+                else:
+                    self.keep(stage, folder)
+        else:
+            self.keep(stage, folder)
+        self.artifacts.insert(0, Artifact(stage.gives, folder, stage.key))
+
+    def keep(self, stage: Stage, folder: Path) -> None:
+        manifest = read_manifest(folder) or {}
+        self.results.append(
+            StageResult(
+                stage.name, "cached", 0.0, stage.key, folder, size_of(folder), manifest.get("peak_rss_bytes", 0)
+            )
+        )
+        self.tell(stage, "cached", path=str(folder))
+
+    def produce(self, stage: Stage, slot: Slot) -> Path:
+        started = time.monotonic()
+        self.tell(stage, "started")
+        try:
+            self.check_plugins()
+            with self.store.staging(slot) as out:
+                answer = self.work(stage, out, self.store.log_path(slot))
+                seconds = time.monotonic() - started
+                folder = self.store.commit(slot, out, self.manifest(stage, answer, seconds))
+        except RecipesError:
+            self.results.append(StageResult(stage.name, "failed", time.monotonic() - started, stage.key))
+            raise
+        result = StageResult(stage.name, "run", seconds, stage.key, folder, size_of(folder), answer.peak_rss_bytes)
+        self.results.append(result)
+        self.tell(stage, "finished", seconds=seconds, bytes=result.bytes, path=str(folder))
+        return folder
+
+    def check_plugins(self) -> None:
+        """Import every provider once before the first long stage, not after it."""
+        if not self.checked:
+            providers = [asdict(stage.provider) for stage in self.plan.stages if stage.name != "validate"]
+            call("loading plugins", {"action": "check", "providers": providers}, None, lambda event: None)
+            self.checked = True
+
+    def work(self, stage: Stage, out: Path, log: Path | None, judges: Iterable[Provider] = ()) -> Answer:
+        located = self.plan.located
+        assert located is not None
+        context = StageContext(
+            ref=str(self.plan.ref),
+            stage=stage.name,
+            options=stage.options,
+            inputs=tuple(self.artifacts),
+            out=out,
+            target=self.plan.target,
+        )
+        request = {
+            "action": "stage",
+            "providers": [asdict(provider) for provider in (judges or [stage.provider])],
+            "context": context_as_json(context),
+            "gives": stage.gives,
+            "architectures": self.plan.family.architectures,
+            "source": {
+                "folder": str(located.folder.absolute()),
+                "spec": str(located.source),
+                "revision": located.revision,
+                "identity": located.identity,
+            },
+        }
+        return call(
+            f"{stage.name} of {stage.provider}", request, log, lambda e: self.listen({**e, "stage": stage.name})
+        )
+
+    def manifest(self, stage: Stage, answer: Answer, seconds: float) -> dict[str, Any]:
+        located = self.plan.located
+        return {
+            "schema": 1,
+            "engine_recipes": __version__,
+            "ref": str(self.plan.ref),
+            "stage": stage.name,
+            "kind": stage.gives,
+            "target": self.plan.target if stage.name == "stage2" else None,
+            "provider": asdict(stage.provider),
+            "options": stage.options,
+            "preimage": stage.preimage,
+            "inputs": [{**asdict(a), "path": str(a.path)} for a in self.artifacts],
+            "source": {"spec": str(located.source), "revision": located.revision} if located else None,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "seconds": round(seconds, 3),
+            "peak_rss_bytes": answer.peak_rss_bytes,
+            "machine": {"python": platform.python_version(), "system": platform.platform()},
+            "result": answer.value,
+        }
+
+    def validate(self, stage: Stage) -> None:
+        engine = self.artifacts[0].path
+        if not self.how.validate:
+            self.results.append(StageResult("validate", "skipped", key=stage.key))
+            return
+        known = None if self.how.force else _read_report(engine, stage.key)
+        if known is not None:
+            self.results.append(StageResult("validate", "cached", key=stage.key, path=engine))
+            self.tell(stage, "cached", path=str(engine))
+        else:
+            known = self.judge(stage, engine)
+        self.report = known
+        if known.verdict == "fail":
+            raise _rejected(self.plan, known, engine)
+        plain = self.store.plain(engine)
+        if self.results[-1].status == "run" or not plain.exists():
+            self.store.link(engine)
+
+    def judge(self, stage: Stage, engine: Path) -> Report:
+        started = time.monotonic()
+        self.tell(stage, "started")
+        judges = [self.plan.stage(name).provider for name in ("resolve", "stage1", "stage2")]
+        slot = self.plan.stage("stage2").slot
+        assert slot is not None
+        try:
+            answer = self.work(stage, engine, self.store.log_path(slot), judges)
+        except RecipesError:
+            self.results.append(StageResult("validate", "failed", time.monotonic() - started, stage.key, engine))
+            raise
+        report = gate.judge(Check(**check) for check in answer.value)
+        write_json(engine / VALIDATION, {"schema": 1, "key": stage.key, **report.as_json()})
+        seconds = time.monotonic() - started
+        self.results.append(
+            StageResult("validate", "run", seconds, stage.key, engine, peak_rss_bytes=answer.peak_rss_bytes)
+        )
+        self.tell(stage, "finished", seconds=seconds, verdict=report.verdict)
+        return report
+
+    def tell(self, stage: Stage, what: str, **more: Any) -> None:
+        self.listen({"event": "stage", "stage": stage.name, "status": what, "provider": str(stage.provider), **more})
+
+
+def _rejected(plan: Plan, report: Report, engine: Path) -> Rejected:
+    failed = [check for check in report.checks if check.verdict == "fail"]
+    first = failed[0]
+    number = f" ({first.value:g}, limit {first.limit:g})" if first.value is not None and first.limit is not None else ""
+    return Rejected(
+        f"{plan.ref} was built and rejected: {first.name}{number}"
+        + (f", and {len(failed) - 1} more" if failed[1:] else ""),
+        f"{first.note or 'see the checks'}; the engine is kept for study in {engine}",
+    )
+
+
+def read_report(engine: Path) -> Report:
+    """The stored judgement of an engine; `not run` if there is none."""
+    return _read_report(engine, None) or Report()
+
+
+def _read_report(engine: Path, key: str | None) -> Report | None:
+    try:
+        data = json.loads((engine / VALIDATION).read_text(encoding="utf-8"))
+        if key is not None and data["key"] != key:
+            return None
+        checks = tuple(Check(**check) for check in data["checks"])
+        return Report(data["verdict"], data["metrics"], checks, tuple(data["samples"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _remember(store: Store, build: Build) -> None:
+    line: Mapping[str, Any] = {
+        "schema": 1,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "error": build.error.message if build.error else None,
+        **build.as_json(),
+    }
+    try:
+        history.append(store.workspace, line)
+    except OSError as error:
+        raise MachineError(
+            f"{store.workspace / history.NAME} cannot be written: {error.strerror}", "free some disk space"
+        ) from None

@@ -1,0 +1,228 @@
+"""The workspace on disk: content-addressed folders, written beside and published by one rename.
+
+A folder with `manifest.json` is complete and was verified; anything else is garbage.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import MachineError
+
+MANIFEST = "manifest.json"
+#: Which folder of the workspace holds what a stage leaves.
+PLACES: Mapping[str, str] = {"resolve": "sources", "stage1": "checkpoints", "stage2": "engines"}
+_STAGING = ".tmp-"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where the artifact with this key belongs: `PLACE/LABEL-<key8>`."""
+
+    place: str
+    label: str
+    key: str
+
+
+def default_workspace() -> Path:
+    """`RECIPES_WORKSPACE`, or `engine-recipes` in the user data directory."""
+    if os.environ.get("RECIPES_WORKSPACE"):
+        return Path(os.environ["RECIPES_WORKSPACE"]).expanduser()
+    from platformdirs import user_data_path
+
+    return user_data_path("engine-recipes", appauthor=False)
+
+
+class Store:
+    """Everything that was built. Cheap to make; creates nothing until something is written."""
+
+    def __init__(self, workspace: Path) -> None:
+        self.workspace = workspace.expanduser().absolute()
+
+    def path(self, slot: Slot) -> Path:
+        """The folder of a slot. Eight digits of the key, more only if another key already has those eight."""
+        for digits in (8, 16, 64):
+            folder = self.workspace / slot.place / f"{slot.label}-{slot.key[:digits]}"
+            manifest = read_manifest(folder)
+            if manifest is None or manifest.get("key") == slot.key:
+                break
+        return folder
+
+    def get(self, slot: Slot) -> Path | None:
+        """The folder, if it is complete and every file still has its size."""
+        folder = self.path(slot)
+        manifest = read_manifest(folder)
+        return folder if manifest is not None and is_whole(folder, manifest) else None
+
+    @contextmanager
+    def lock(self, slot: Slot, on_wait: Callable[[], None]) -> Iterator[None]:
+        """Hold the slot. If another process has it, call `on_wait` once and wait. The kernel frees a dead holder's."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self._lock_path(slot.place, self.path(slot).name))
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            on_wait()
+            lock.acquire(poll_interval=0.2)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
+    def staging(self, slot: Slot) -> Iterator[Path]:
+        """A fresh folder beside the final one. It is removed at the end unless `commit` has moved it away."""
+        import shutil
+
+        final = self.path(slot)
+        self._make(final.parent)
+        for old in final.parent.glob(f"{_STAGING}{final.name}-*"):  # we hold the lock: left by a killed build
+            shutil.rmtree(old, ignore_errors=True)
+        folder = final.parent / f"{_STAGING}{final.name}-{_unique()}"
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def commit(self, slot: Slot, staging: Path, manifest: Mapping[str, Any]) -> Path:
+        """Write the manifest last, then publish by one rename. Replaces what stood there under the same key."""
+        import shutil
+
+        final = self.path(slot)
+        files = {str(f.relative_to(staging)): f.stat().st_size for f in sorted(staging.rglob("*")) if f.is_file()}
+        write_json(staging / MANIFEST, {**manifest, "key": slot.key, "files": files})
+        if final.exists():
+            old = final.with_name(f"{_STAGING}{final.name}-{_unique()}")
+            final.rename(old)
+            staging.rename(final)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            staging.rename(final)
+        sync(final.parent)
+        return final
+
+    def log_path(self, slot: Slot) -> Path:
+        """Where the output of this slot's tools is kept, also of failed runs."""
+        return self._make(self.workspace / "logs") / f"{slot.place}-{slot.label}-{slot.key[:8]}.log"
+
+    def link(self, engine: Path) -> Path:
+        """Point the plain name (the folder's name without its key) at this engine. Atomic."""
+        plain = self.plain(engine)
+        fresh = plain.with_name(f"{_STAGING}{plain.name}-{_unique()}")
+        fresh.symlink_to(engine.name, target_is_directory=True)
+        os.replace(fresh, plain)
+        return plain
+
+    def plain(self, engine: Path) -> Path:
+        """The plain name of an engine folder."""
+        return engine.with_name(engine.name.rpartition("-")[0])
+
+    def artifacts(self, place: str) -> list[tuple[Path, dict[str, Any]]]:
+        """Complete folders of `sources`, `checkpoints` or `engines` with their manifests, oldest first."""
+        found = []
+        for folder in self._folders(place):
+            manifest = read_manifest(folder)
+            if manifest is not None and not folder.is_symlink() and not folder.name.startswith(_STAGING):
+                found.append((folder, manifest))
+        return sorted(found, key=lambda pair: str(pair[1].get("created", "")))
+
+    def garbage(self) -> list[Path]:
+        """Folders that are not complete and that nobody is writing, and links that lead nowhere."""
+        found = []
+        for place in PLACES.values():
+            for folder in self._folders(place):
+                if folder.is_symlink():
+                    wanted = folder.exists()
+                elif folder.name.startswith(_STAGING):
+                    wanted = self._is_locked(place, folder.name.removeprefix(_STAGING).rpartition("-")[0])
+                else:
+                    wanted = read_manifest(folder) is not None
+                if not wanted:
+                    found.append(folder)
+        return found
+
+    def _is_locked(self, place: str, name: str) -> bool:
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self._lock_path(place, name))
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            return True
+        lock.release()
+        return False
+
+    def _lock_path(self, place: str, name: str) -> Path:
+        return self._make(self.workspace / "locks") / f"{place}-{name}.lock"
+
+    def _folders(self, place: str) -> list[Path]:
+        folder = self.workspace / place
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+
+    def _make(self, folder: Path) -> Path:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(13, "no write permission")
+        except OSError as error:
+            raise MachineError(
+                f"the workspace {self.workspace} cannot be written: {error.strerror}",
+                "choose another with --workspace DIR or RECIPES_WORKSPACE",
+            ) from None
+        return folder
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest, or None if there is none that can be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) else None
+
+
+def is_whole(folder: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether every file of the manifest is there with its size."""
+    try:
+        return all((folder / name).stat().st_size == size for name, size in manifest.get("files", {}).items())
+    except OSError:
+        return False
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below a folder; links are not followed."""
+    return sum(f.lstat().st_size for f in folder.rglob("*") if not f.is_dir()) if folder.is_dir() else 0
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON beside, flush to disk, rename."""
+    fresh = path.with_name(f"{_STAGING}{path.name}-{_unique()}")
+    with fresh.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, sort_keys=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+
+
+def _unique() -> str:
+    return os.urandom(4).hex()
+
+
+def sync(folder: Path) -> None:
+    """Flush a folder's entries to disk, where the system can."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)

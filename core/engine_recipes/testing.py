@@ -1,0 +1,89 @@
+"""For plugin tests: tiny checkpoints made on the spot. Needs numpy; knows no family."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .decoder import Decoder
+
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}> {% endif %}"
+)
+
+
+def write_checkpoint(folder: Path, config: Mapping[str, Any], decoder: Decoder) -> Path:
+    """Write a checkpoint in the Hugging Face layout: seeded random float16 weights, a byte-level tokenizer.
+
+    Args:
+        folder: made if it is not there.
+        config: goes into `config.json` as it is.
+        decoder: what a family says `config` is; its tensors are written. Keep it small.
+
+    Returns:
+        The folder, ready for `recipes build ./folder:fp16`.
+    """
+    import numpy as np
+
+    from .checkpoint.layout import source_shapes
+    from .checkpoint.safetensors import write
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(dict(config), indent=2, sort_keys=True), encoding="utf-8")
+    shapes = source_shapes(decoder)
+
+    def weights(name: str) -> Any:
+        random = np.random.default_rng(zlib.crc32(name.encode()))
+        centre = 1.0 if len(shapes[name]) == 1 and "norm" in name else 0.0
+        return (centre + random.normal(0, 0.05, shapes[name])).astype(np.float16)
+
+    data = ([weights(name).tobytes()] for name in shapes)
+    for _ in write(folder / "model.safetensors", {name: ("float16", shape) for name, shape in shapes.items()}, data):
+        pass
+    return write_tokenizer(folder, decoder.vocab_size)
+
+
+def write_tokenizer(folder: Path, vocab_size: int = 256) -> Path:
+    """Write a byte-level tokenizer of `vocab_size` ids: three special ones, then as many bytes as fit, ASCII first.
+
+    Leaves `tokenizer.json`, `tokenizer_config.json` with a chat template, and `generation_config.json`.
+    """
+    letters = _byte_letters()
+    order = [*range(0x20, 0x7F), 0x0A, *(b for b in range(256) if not 0x20 <= b < 0x7F and b != 0x0A)]
+    tokens = [*SPECIAL_TOKENS, *(letters[byte] for byte in order)][:vocab_size]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    special = [
+        {"id": i, "content": text, "special": True}
+        | {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        for i, text in enumerate(SPECIAL_TOKENS)
+    ]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": special,
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": [], "unk_token": "<unk>"},
+    }
+    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": CHAT_TEMPLATE}
+    for name, value in (
+        ("tokenizer.json", tokenizer),
+        ("tokenizer_config.json", config),
+        ("generation_config.json", {"bos_token_id": 1, "eos_token_id": 2}),
+    ):
+        (folder / name).write_text(json.dumps(value), encoding="utf-8")
+    return folder
+
+
+def _byte_letters() -> list[str]:
+    """GPT-2's 256 printable letters for bytes, by byte (https://github.com/openai/gpt-2, encoder.py)."""
+    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    letters, spare = [], 0x100
+    for byte in range(256):
+        letters.append(chr(byte) if byte in plain else chr(spare))
+        spare += byte not in plain
+    return letters

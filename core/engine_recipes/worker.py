@@ -1,0 +1,144 @@
+"""The child process of one stage. Reads one call as JSON from stdin, writes events as JSON lines to stdout.
+
+Whatever libraries print goes to stderr, which the parent keeps as the stage's log. When the parent dies, stdin
+closes and the worker ends with it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from . import events
+from .errors import MachineError, RecipesError
+from .host import Host
+from .types import HF_CHECKPOINT, TRTLLM_CHECKPOINT, Artifact, Provider, StageContext
+
+
+def main() -> None:
+    """Run the call on stdin. Exit code 0: a result was sent; 1: an error was sent."""
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)  # a C library's printf must not end up between the JSON lines
+    lock = threading.Lock()
+
+    def send(event: events.Event) -> None:
+        with lock:
+            channel.write(json.dumps(event) + "\n")
+
+    call = json.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    code = 1
+    with events.sink(send):
+        try:
+            value = perform(call)
+            send({"event": "result", "value": value, "peak_rss_bytes": peak_rss_bytes()})
+            code = 0
+        except Exception as error:
+            send(_as_event(error))
+    channel.close()
+    sys.stderr.flush()
+    os._exit(code)  # threads and atexit hooks of foreign libraries must not keep a finished stage alive
+
+
+def perform(call: Mapping[str, Any]) -> Any:
+    """Do what the call says and return plain data."""
+    providers = [Provider(**provider) for provider in call["providers"]]
+    host = Host(providers)
+    if call["action"] == "check":
+        return None
+    context = context_from_json(call["context"])
+    if context.stage == "resolve":
+        return _resolve(host, providers[0], context, call)
+    if context.stage == "stage1":
+        host.stage1(providers[0], context)
+        return _finish_stage1(context, call["gives"])
+    if context.stage == "stage2":
+        host.stage2(providers[0], context)
+        return _finish_stage2(context)
+    return [asdict(check) for check in host.validate(context)]
+
+
+def _resolve(host: Host, provider: Provider, context: StageContext, call: Mapping[str, Any]) -> dict[str, Any]:
+    from .checkpoint.source import expect_tensors, source_tensors
+    from .sources.inspect import check_architecture, inspect
+
+    folder = Path(call["source"]["folder"])
+    config = inspect(folder)
+    check_architecture(config, provider.name, call["architectures"])
+    decoder = host.resolve_checkpoint(provider, context, config)
+    tensors = source_tensors(folder)
+    expect_tensors(decoder, tensors)
+    decoder.write(context.out / "decoder.json")
+    (context.out / "source.json").write_text(json.dumps(call["source"], indent=2, sort_keys=True), encoding="utf-8")
+    return {"architecture": decoder.architecture, "parameters": decoder.parameters}
+
+
+def _finish_stage1(context: StageContext, gives: str) -> dict[str, Any]:
+    if gives == TRTLLM_CHECKPOINT:
+        from .checkpoint import verify
+
+        verify(context.out, contents=False)  # values were checked while they were written
+    return {}
+
+
+def _finish_stage2(context: StageContext) -> dict[str, Any]:
+    from .checkpoint import open_source
+    from .tokenizer import copy_tokenizer
+
+    with open_source(context.input(HF_CHECKPOINT)) as source:
+        copy_tokenizer(source.folder, context.out)
+    return {}
+
+
+def context_as_json(context: StageContext) -> dict[str, Any]:
+    """A context as plain JSON."""
+    data = asdict(context)
+    data["out"] = str(context.out)
+    data["inputs"] = [{**asdict(artifact), "path": str(artifact.path)} for artifact in context.inputs]
+    return data
+
+
+def context_from_json(data: Mapping[str, Any]) -> StageContext:
+    """The reverse of `context_as_json`."""
+    inputs = tuple(Artifact(a["kind"], Path(a["path"]), a["key"]) for a in data["inputs"])
+    return StageContext(**{**data, "inputs": inputs, "out": Path(data["out"])})
+
+
+def _as_event(error: Exception) -> events.Event:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        error = MachineError(
+            f"no space left on the device while writing {error.filename or 'the output'}",
+            "free some, or choose another place with --workspace",
+        )
+    if isinstance(error, RecipesError):
+        kind = type(error).__name__
+        return {"event": "error", "kind": kind, "message": error.message, "hint": error.hint}
+    traceback.print_exc()
+    return {"event": "crash", "message": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident set of this process or of a child it waited for."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+    try:  # ru_maxrss of a fresh process starts at its parent's size, VmHWM does not
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        own = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return max(own, children)
+
+
+def _die_with_parent() -> None:
+    os.read(0, 1)  # returns only when the parent has gone or has closed the pipe to stop us
+    os.killpg(0, signal.SIGKILL)

@@ -1,0 +1,39 @@
+"""Stage 2 and runtime of the toy: says the prompt backwards."""
+
+from engine_recipes import Check, hookimpl
+
+from .misbehave import misbehave
+
+
+@hookimpl
+def stage2(context) -> None:
+    misbehave(context)
+    weights = (context.input("toy-checkpoint").path / "weights.json").read_text()
+    (context.out / "engine.txt").write_text(f"{context.target} {weights}")
+
+
+@hookimpl
+def validate(context) -> list[Check]:
+    engine = (context.input("toy-engine").path / "engine.txt").read_text()
+    verdict = "fail" if '"loud": true' in engine else "pass"
+    return [Check("says something", verdict, value=1.0, limit=0.5, note="the toy was told to")]
+
+
+class Echo:
+    def generate(self, prompt, sampling, stop=frozenset()):
+        for token in list(reversed(prompt))[: sampling.max_tokens]:
+            if token in stop:
+                return
+            yield token
+
+    def logits(self, ids):
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+@hookimpl
+def load_engine(folder):
+    assert (folder / "engine.txt").exists()
+    return Echo()

@@ -1,0 +1,14 @@
+"""Stage 1 of the toy: one JSON file."""
+
+import json
+
+from engine_recipes import hookimpl
+
+from .misbehave import misbehave
+
+
+@hookimpl
+def stage1(context) -> None:
+    misbehave(context)
+    options = dict(context.options)
+    (context.out / "weights.json").write_text(json.dumps({"ref": context.ref, "options": options}, sort_keys=True))

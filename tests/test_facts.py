@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from engine_recipes.facts import Facts, Gpu, distribution, parse_nvidia_smi, read
+
+# Recorded on a machine with one H100 and driver 580.159.04.
+H100 = "NVIDIA H100 80GB HBM3, 9.0, 81559, 580.159.04\n"
+
+
+def test_a_gpu_is_read_from_nvidia_smi() -> None:
+    (gpu,) = parse_nvidia_smi(H100)
+    assert gpu == Gpu("NVIDIA H100 80GB HBM3", "9.0", 81559 << 20, "580.159.04")
+    assert gpu.target == "sm90"
+
+
+def test_noise_from_nvidia_smi_is_no_gpu() -> None:
+    assert parse_nvidia_smi("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver\n") == []
+
+
+def test_requirements_have_alternatives() -> None:
+    facts = Facts(versions={"onnxruntime-gpu": "1.24.0", "numpy": "2.0.0rc1"})
+    assert facts.meets("onnxruntime>=1.23 | onnxruntime-gpu>=1.23")
+    assert facts.meets("numpy>=1.26")
+    assert not facts.meets("onnxruntime-gpu>=1.25")
+    assert facts.missing(["onnx>=1.17 | onnx-gpu", "numpy"]) == ["onnx>=1.17"]
+    assert facts.tools(["onnxruntime | onnxruntime-gpu", "absent"]) == {"onnxruntime-gpu": "1.24.0"}
+
+
+def test_distribution_names_are_normalised() -> None:
+    assert [distribution(r) for r in ("ML_dtypes >= 0.5", "onnx[reference]", "numpy")] == ["ml-dtypes", "onnx", "numpy"]
+
+
+def test_this_machine_can_be_read() -> None:
+    facts = read(["pluggy>=1", "not-a-package"])
+    assert set(facts.versions) == {"pluggy"}
+    assert facts.cpus >= 1
+    assert facts.memory_bytes > 0

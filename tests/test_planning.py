@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine_recipes import Ref, RequestError
+from engine_recipes.facts import Facts, Gpu
+from engine_recipes.planning import Plan, make
+from engine_recipes.registry import Registry, load
+from engine_recipes.sources import Located, parse
+
+ADA = Gpu("RTX 6000 Ada", "8.9", 48 << 30, "580.1")
+CPU = Facts(versions={"numpy": "2.4", "ml-dtypes": "0.6", "onnx": "1.23", "onnxruntime": "1.31", "tokenizers": "0.23"})
+CPU = replace(CPU, versions={**CPU.versions, "jinja2": "3.1"})
+HERE = Located(parse("hf:HuggingFaceTB/SmolLM2-135M-Instruct"), Path("/hf/snapshot"), "c" * 40)
+
+
+@pytest.fixture
+def registry(toy: None) -> Registry:
+    return load()
+
+
+def plan(registry: Registry, text: str = "smollm2-135m", facts: Facts = CPU, **more: Any) -> Plan:
+    from engine_recipes.refs import parse as read
+
+    ref = read(text)
+    located = more.pop("located", HERE)
+    return make(ref, registry, facts, registry.models[ref.model], located, **more)
+
+
+def test_what_was_left_out_is_chosen_and_said(registry: Registry) -> None:
+    made = plan(registry)
+    assert str(made.ref) == "smollm2-135m:fp16@onnxruntime"
+    assert made.chosen == ("precision fp16", "engine onnxruntime", "target cpu")
+    assert made.blocked is None
+    assert [stage.name for stage in made.stages] == ["resolve", "stage1", "stage2", "validate"]
+
+
+def test_a_gpu_is_the_target_only_where_the_engine_can_use_it(registry: Registry) -> None:
+    with_gpu = replace(CPU, gpus=(ADA,))
+    assert plan(registry, facts=with_gpu).target == "cpu"
+    with_cuda = replace(with_gpu, versions={**CPU.versions, "onnxruntime-gpu": "1.31"})
+    assert plan(registry, facts=with_cuda).target == "sm89"
+
+
+def test_keys_depend_on_what_they_should_and_on_nothing_else(registry: Registry) -> None:
+    base = plan(registry)
+
+    def same(other: Plan) -> list[bool]:
+        return [a.key == b.key for a, b in zip(base.stages, other.stages, strict=True)]
+
+    assert same(plan(registry)) == [True] * 4
+    assert same(plan(registry, facts=replace(CPU, cpus=99, memory_bytes=1, python="3.13"))) == [True] * 4
+    assert same(plan(registry, settings={"tp_size": "2"})) == [True, False, False, False]
+    assert same(plan(registry, settings={"build.max_seq_len": "512"})) == [True, True, False, False]
+    assert same(plan(registry, target="sm89")) == [True, True, False, False]
+    newer = replace(CPU, versions={**CPU.versions, "onnxruntime": "1.32"})
+    assert same(plan(registry, facts=newer)) == [True, True, False, False]
+    elsewhere = replace(HERE, folder=Path("/other"))
+    assert same(plan(registry, located=elsewhere)) == [True] * 4
+    other_commit = replace(HERE, revision="d" * 40)
+    assert same(plan(registry, located=other_commit)) == [False] * 4
+
+
+def test_a_setting_may_spell_out_the_default_without_changing_the_key(registry: Registry) -> None:
+    assert plan(registry).stages == plan(registry).stages
+    assert plan(registry).stage("stage1").key == plan(registry, settings={"tp_size": "1"}).stage("stage1").key
+
+
+def test_the_split_is_in_the_folders_name(registry: Registry) -> None:
+    slot = plan(registry, settings={"tp_size": "2", "pp_size": "3"}).stage("stage1").slot
+    assert slot is not None
+    assert slot.label == "smollm2-135m-fp16-tp2-pp3"
+
+
+def test_without_a_checkpoint_the_plan_is_blocked_and_says_how_much_to_fetch(registry: Registry) -> None:
+    made = plan(registry, located=None)
+    assert made.blocked is not None
+    assert "recipes fetch smollm2-135m` (about 269 MB)" in made.blocked.hint
+    assert [stage.key for stage in made.stages] == [""] * 4
+
+
+def test_a_missing_package_blocks_with_what_to_install(registry: Registry) -> None:
+    bare = Facts(versions={"numpy": "2.4", "ml-dtypes": "0.6"})
+    blocked = plan(registry, facts=bare).blocked
+    assert blocked is not None
+    assert "onnxruntime needs onnxruntime>=1.23" in blocked.message
+    assert blocked.hint == "pip install 'engine-recipes[cpu]'"
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "message"),
+    [
+        ("smollm2-135m:fp61", {}, "no precision named 'fp61'\ndid you mean fp16?"),
+        ("smollm2-135m@onnxruntim", {}, "no engine named 'onnxruntim'\ndid you mean onnxruntime?"),
+        ("smollm2-135m", {"settings": {"tp": "2"}}, "no option 'tp' here\ndid you mean tp_size?"),
+        ("smollm2-135m", {"settings": {"tp_size": "two"}}, "--set tp_size=two: must be a whole number"),
+        ("smollm2-135m", {"settings": {"tp_size": "0"}}, "tp_size = 0: must be at least 1"),
+        ("smollm2-135m:plain@echo", {"settings": {"mode": "dance"}}, "mode = 'dance': must be one of work"),
+        ("smollm2-135m:plain@echo", {"settings": {"loud": "maybe"}}, "--set loud=maybe: must be true or false"),
+        ("smollm2-135m:plain@echo", {"settings": {"tp_size": "9"}}, "tp_size = 9: must be at most 8"),
+        ("smollm2-135m:plain@onnxruntime", {}, "onnxruntime takes trtllm-checkpoint, plain gives toy-checkpoint"),
+        ("smollm2-135m:plain@echo", {"target": "sm90"}, "echo builds for cpu, sm8?, not sm90"),
+        ("smollm2-135m:bf16", {"target": "sm75"}, "bf16 needs compute capability >=8.0, sm75 is 7.5"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work(
+    registry: Registry, text: str, more: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        plan(registry, text, **more)
+    assert message in str(caught.value)
+    assert caught.value.hint
+
+
+def test_settings_come_from_model_user_and_command_line_and_say_so(registry: Registry) -> None:
+    Path("registry.toml").write_text('[models."smollm2-135m".settings]\n"build.max_seq_len" = 1024\n')
+    changed = load()
+    setting = plan(changed).stage("stage2").settings["max_seq_len"]
+    assert (setting.value, setting.origin) == (1024, "smollm2-135m (engine-recipes 0.1.0)")
+    setting = plan(changed, settings={"build.max_seq_len": "99"}).stage("stage2").settings["max_seq_len"]
+    assert (setting.value, setting.origin) == (99, "--set")
+
+
+def test_plans_are_plain_data(registry: Registry) -> None:
+    assert plan(registry) == plan(registry)
+    assert plan(registry).ref == Ref("smollm2-135m", "fp16", "onnxruntime")

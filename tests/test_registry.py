@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import install, package
+from engine_recipes import Ref, RequestError
+from engine_recipes.registry import Fragment, Owner, load, merge
+
+PRECISION = '[precisions.nvfp4]\nmodule = "{module}.nvfp4"\nbits = 4\n'
+
+
+def fragment(table: dict[str, object], name: str = "acme", installed: bool = True) -> Fragment:
+    return Fragment(Owner(name, "0.3", Path(f"/{name}/registry.toml")), table, installed)
+
+
+def test_our_own_registry_holds_the_promised_models() -> None:
+    registry = load()
+    assert {"smollm2-135m", "qwen2.5-72b", "qwen3-32b", "llama3.3-70b", "tinyllama-1.1b"} <= set(
+        registry.models.entries
+    )
+    assert set(registry.families.entries) == {"llama", "qwen", "tinyllama"}
+    assert str(registry.models["qwen2.5-7b"].owner).startswith("engine-recipes ")
+    assert registry.expand(Ref("smollm2", "bf16")) == Ref("smollm2-135m", "bf16")
+
+
+def test_an_installed_package_is_found_by_its_entry_point_and_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, package(tmp_path / "p", "acme-nvfp4", PRECISION.format(module="acme_nvfp4")))
+    entry = load().precisions["nvfp4"]
+    assert str(entry.owner) == "acme-nvfp4 0.3"
+    assert "acme_nvfp4" not in sys.modules
+    monkeypatch.setenv("RECIPES_PLUGINS", "0")
+    assert "nvfp4" not in load().precisions.entries
+
+
+def test_a_name_two_packages_claim_is_contested_and_only_its_use_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_world: Path
+) -> None:
+    for name in ("acme-nvfp4", "zeta-nvfp4"):
+        install(monkeypatch, package(tmp_path / name, name, PRECISION.format(module=name.replace("-", "_"))))
+    registry = load()
+    with pytest.raises(RequestError, match=r"'nvfp4' is claimed by acme-nvfp4 0\.3 and zeta-nvfp4 0\.3"):
+        registry.precisions["nvfp4"]
+    assert registry.precisions["fp16"].bits == 16
+    user = own_world / "config" / "engine-recipes" / "registry.toml"
+    user.parent.mkdir(parents=True)
+    user.write_text('[prefer]\n"precisions.nvfp4" = "zeta-nvfp4"\n')
+    assert load().precisions["nvfp4"].owner.package == "zeta-nvfp4"
+
+
+def test_user_and_project_change_fields_and_the_origin_is_remembered(own_world: Path) -> None:
+    user = own_world / "config" / "engine-recipes" / "registry.toml"
+    user.parent.mkdir(parents=True)
+    user.write_text('[models."qwen2.5-7b"]\nsource = "/data/qwen"\nlicense = "mine"\n[defaults]\nprecision = "bf16"\n')
+    Path("registry.toml").write_text('[models."qwen2.5-7b"]\nlicense = "ours"\n[aliases]\nq = "qwen2.5-7b:fp16"\n')
+    registry = load()
+    model = registry.models["qwen2.5-7b"]
+    assert (model.source, model.license, model.family) == (("/data/qwen",), "ours", "qwen")
+    assert {field: str(owner) for field, owner in model.origins.items()} == {
+        "source": "your registry.toml",
+        "license": "this project's registry.toml",
+    }
+    assert registry.defaults.precision == "bf16"
+    assert registry.defaults.engines == ("onnxruntime",)
+    assert registry.expand(Ref("q")) == Ref("qwen2.5-7b", "fp16")
+    other = Path("other.toml")
+    other.write_text('[models."qwen2.5-7b"]\nlicense = "other"\n')
+    assert load(other).models["qwen2.5-7b"].license == "other"
+
+
+def test_all_errors_of_a_local_file_come_at_once_with_path_and_suggestion() -> None:
+    Path("registry.toml").write_text(
+        '[models.mine]\nfamly = "qwen"\nsource = "hf:a/b"\n[precisions.fp16]\nbits = "many"\n'
+        '[model.x]\n[models."Bad Name"]\n'
+    )
+    with pytest.raises(RequestError) as caught:
+        load()
+    text = str(caught.value)
+    assert "the registry has 7 errors" in text
+    for line in (
+        "registry.toml: models.mine.famly: unknown; did you mean family?",
+        "registry.toml: models.mine.family: missing",
+        "registry.toml: models.Bad Name.source: missing",
+        "registry.toml: precisions.fp16.bits: must be a number, not 'many'",
+        "registry.toml: model: unknown; did you mean models?",
+        "registry.toml: models.Bad Name: a name is lower-case letters",
+        "registry.toml: models.Bad Name.family: missing",
+    ):
+        assert line in text
+
+
+def test_an_installed_package_with_errors_hurts_only_its_own_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = '[precisions.nvfp4]\nmodul = "x"\n[precisions.good]\nmodule = "x"\n'
+    install(monkeypatch, package(tmp_path / "p", "acme-nvfp4", broken))
+    registry = load()
+    assert [str(p.owner) for p in registry.problems] == ["acme-nvfp4 0.3"] * 2
+    assert registry.problems[0].text == "precisions.nvfp4.modul: unknown; did you mean module?"
+    with pytest.raises(RequestError, match=r"precisions\.nvfp4 \(acme-nvfp4 0\.3\) cannot be used"):
+        registry.precisions["nvfp4"]
+    assert registry.precisions["good"].module == "x"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[precisions", "cannot be read"),
+        ("api = 2\n", "asks for plugin API 2"),
+        ('api = "x"\n', "asks for plugin API x"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_a_problem_of_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, problem: str
+) -> None:
+    install(monkeypatch, package(tmp_path / "p", "acme-nvfp4", text))
+    (found,) = load().problems
+    assert str(found.owner) == "acme-nvfp4 0.3"
+    assert problem in found.text
+
+
+def test_a_missing_project_file_is_said() -> None:
+    with pytest.raises(RequestError, match=r"no file nowhere\.toml"):
+        load(Path("nowhere.toml"))
+
+
+def test_a_newer_api_in_a_local_file_is_refused_with_a_sentence() -> None:
+    Path("registry.toml").write_text("api = 99\n")
+    with pytest.raises(RequestError, match=re.escape("asks for plugin API 99")):
+        load()
+
+
+def test_unknown_names_get_a_suggestion() -> None:
+    registry = load()
+    with pytest.raises(RequestError, match=r"no model named 'qwen2.5-8b'\ndid you mean qwen2\.5-"):
+        registry.models["qwen2.5-8b"]
+    with pytest.raises(RequestError, match="no installed family knows the architecture PhiForCausalLM"):
+        registry.family_of("PhiForCausalLM")
+
+
+def test_a_lone_string_is_a_list_of_one_and_an_option_may_be_short() -> None:
+    registry = merge(
+        [
+            fragment(
+                {
+                    "engines": {
+                        "e": {"module": "m", "takes": "k", "gives": "e", "targets": "cpu", "options": {"n": 3}}
+                    },
+                    "models": {"m": {"family": "f", "source": "hf:a/b"}},
+                }
+            )
+        ]
+    )
+    assert registry.engines["e"].takes == ("k",)
+    assert registry.engines["e"].options["n"].default == 3
+    assert registry.models["m"].source == ("hf:a/b",)
+
+
+def test_every_source_of_ours_can_be_parsed() -> None:
+    from engine_recipes.sources import parse
+
+    for model in load().models.entries.values():
+        assert [str(parse(spec)) for spec in model.source] == list(model.source)

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from conftest import Recipes, command
+from engine_recipes import api, history, runner
+from engine_recipes.errors import Rejected, StageFailed
+from engine_recipes.events import Event
+from engine_recipes.runner import How
+
+REF = "./toy-model:plain@echo"
+
+
+def test_a_strangers_package_builds_through_every_stage(toy_model: Path, workspace: Path) -> None:
+    events: list[Event] = []
+    build = api.build(REF, listen=events.append)
+    assert build.status == "built"
+    assert [(s.name, s.status) for s in build.stages] == [
+        ("resolve", "run"),
+        ("stage1", "run"),
+        ("stage2", "run"),
+        ("validate", "run"),
+    ]
+    assert build.report.verdict == "pass"
+    engine = build.path("stage2")
+    assert engine is not None
+    plain = workspace / "engines" / "toy-model-plain-echo-cpu"
+    assert plain.resolve() == engine
+    assert (engine / "tokenizer.json").exists()
+    manifest = json.loads((engine / "manifest.json").read_text())
+    assert manifest["ref"] == REF
+    assert manifest["provider"] == {
+        "kind": "engine",
+        "name": "echo",
+        "module": "engine_recipes_toy.echo",
+        "package": "engine-recipes-toy",
+        "version": "1.0",
+    }
+    assert [line["status"] for line in history.read(workspace)] == ["built"]
+    assert {e["event"] for e in events} == {"stage", "progress"}
+    assert all(s.peak_rss_bytes > 1 << 20 for s in build.stages)
+
+
+def test_the_same_build_twice_does_nothing_twice(toy_model: Path, workspace: Path) -> None:
+    api.build(REF)
+    again = api.build(REF)
+    assert again.status == "cached"
+    assert {s.status for s in again.stages} == {"cached"}
+    assert len(list(history.read(workspace))) == 1
+    assert api.build(REF, how=How(force=True)).status == "built"
+    assert len(list((workspace / "engines").glob("toy*-????????"))) == 1
+
+
+def test_until_and_no_validate_stop_there(toy_model: Path) -> None:
+    build = api.build(REF, how=How(until="stage1"))
+    assert [s.name for s in build.stages] == ["resolve", "stage1"]
+    build = api.build(REF, how=How(validate=False))
+    assert build.stages[-1].status == "skipped"
+    assert build.report.verdict == "not run"
+    engine = build.path("stage2")
+    assert engine is not None
+    assert not engine.with_name("toy-model-plain-echo-cpu").exists()
+
+
+def test_a_loaded_engine_generates(toy_model: Path) -> None:
+    api.build(REF)
+    loaded = api.load(REF)
+    ids = loaded.tokenizer.encode("abc", special=False)
+    assert loaded.tokenizer.decode(list(loaded.runtime.generate(ids, api_sampling()))) == "cba"
+
+
+def api_sampling() -> object:
+    from engine_recipes import Sampling
+
+    return Sampling(max_tokens=10)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize(
+    ("mode", "message", "output"),
+    [
+        ("raise", "failed: ValueError: the toy broke", "Traceback"),
+        ("exit", "ended with exit code 7 and no result", "a library prints this to stdout"),
+    ],
+)
+def test_a_stage_that_fails_keeps_its_output_and_leaves_no_folder(
+    toy_model: Path, workspace: Path, stage: str, mode: str, message: str, output: str
+) -> None:
+    settings = {"mode" if stage == "stage1" else "build.mode": mode}
+    with pytest.raises(StageFailed) as caught:
+        api.build(REF, settings=settings)
+    assert f"{stage} of " in caught.value.message
+    assert "(engine-recipes-toy 1.0)" in caught.value.message
+    assert message in caught.value.message
+    assert output in caught.value.output
+    (log,) = (workspace / "logs").glob("checkpoints*" if stage == "stage1" else "engines*")
+    assert output in log.read_text()
+    assert str(log) in caught.value.hint
+    place = "checkpoints" if stage == "stage1" else "engines"
+    assert list((workspace / place).iterdir()) == []
+    assert [line["status"] for line in history.read(workspace)] == ["failed"]
+    assert api.build(REF).status == "built"
+
+
+def test_a_rejected_engine_is_kept_for_study_and_never_gets_the_plain_name(toy_model: Path, workspace: Path) -> None:
+    api.build(REF)
+    plain = workspace / "engines" / "toy-model-plain-echo-cpu"
+    good = plain.resolve()
+    with pytest.raises(Rejected, match=r"rejected: says something \(1, limit 0\.5\)"):
+        api.build(REF, settings={"loud": "true"})
+    assert plain.resolve() == good
+    assert len(list((workspace / "engines").glob("toy*-????????"))) == 2
+    with pytest.raises(Rejected):  # also when the verdict comes from the store
+        api.build(REF, settings={"loud": "true"})
+
+
+def test_a_stage_that_leaves_children_behind_takes_them_along(toy_model: Path) -> None:
+    api.build(REF, settings={"mode": "orphan"})
+    deadline = time.monotonic() + 10
+    while orphans() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert orphans() == []
+
+
+def orphans() -> list[int]:
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if "orphan of the toy" in line and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process.pid)
+    return found
+
+
+def sleeping_build(*settings: str) -> tuple[subprocess.Popen[str], int]:
+    """A build whose stage sleeps, and the pid of its worker."""
+    process = subprocess.Popen(
+        command("build", REF, *(part for s in settings for part in ("--set", s))),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "sleeping in" in line:
+            return process, int(line.split()[-1])
+    raise AssertionError("the stage never slept")
+
+
+def gone(pid: int) -> bool:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+KILLS: dict[str, tuple[Callable[[subprocess.Popen[str], int], None], int]] = {
+    "Ctrl-C": (lambda parent, worker: parent.send_signal(signal.SIGINT), 130),
+    "SIGTERM": (lambda parent, worker: parent.send_signal(signal.SIGTERM), 130),
+    "kill -9 of the worker": (lambda parent, worker: os.kill(worker, signal.SIGKILL), 4),
+    "kill -9 of the parent": (lambda parent, worker: parent.kill(), -9),
+}
+
+
+@pytest.mark.parametrize("mode", ["mode=sleep", "build.mode=sleep"])
+@pytest.mark.parametrize("how", KILLS)
+def test_a_kill_loses_the_stage_in_hand_and_nothing_else(
+    toy_model: Path, workspace: Path, recipes: Recipes, mode: str, how: str
+) -> None:
+    kill, code = KILLS[how]
+    process, worker = sleeping_build(mode)
+    kill(process, worker)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert gone(worker)
+    assert "Traceback" not in err
+    if how == "kill -9 of the worker":
+        assert "was killed by SIGKILL" in err
+    finished = 1 if mode.startswith("build.") else 0
+    store = api.open_setup().store
+    assert len(store.artifacts("checkpoints")) == finished
+    assert store.artifacts("engines") == []
+    again = recipes("build", REF, "--json")
+    assert again.code == 0
+    assert again.json["builds"][0]["stages"][0]["status"] == "cached"
+    assert store.garbage() == []
+
+
+def test_two_processes_that_build_the_same_build_it_once(toy_model: Path, workspace: Path) -> None:
+    both = [
+        subprocess.Popen(command("build", REF, "--json"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for _ in range(2)
+    ]
+    ran = [json.loads(process.communicate(timeout=60)[0])["builds"][0]["stages"] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    for a, b in zip(ran[0][:3], ran[1][:3], strict=True):
+        assert sorted([a["status"], b["status"]]) == ["cached", "run"]
+        assert a["path"] == b["path"]
+
+
+def test_a_verdict_is_stored_with_the_key_it_was_given_for(toy_model: Path) -> None:
+    build = api.build(REF)
+    engine = build.path("stage2")
+    assert engine is not None
+    assert runner.read_report(engine) == build.report
+    stage = build.plan.stage("validate")
+    assert runner.status(stage, api.open_setup().store, engine) == engine
+    (engine / "validation.json").write_text("{}")
+    assert runner.status(stage, api.open_setup().store, engine) is None
