@@ -99,7 +99,7 @@ def test_a_missing_package_blocks_with_what_to_install(registry: Registry) -> No
         ("smollm2-135m", {"settings": {"tp": "2"}}, "no option 'tp' here\ndid you mean tp_size?"),
         ("smollm2-135m", {"settings": {"tp_size": "two"}}, "--set tp_size=two: must be a whole number"),
         ("smollm2-135m", {"settings": {"tp_size": "0"}}, "tp_size = 0: must be at least 1"),
-        ("smollm2-135m:plain@echo", {"settings": {"mode": "dance"}}, "mode = 'dance': must be one of work"),
+        ("smollm2-135m:plain@echo", {"settings": {"style": "odd"}}, "style = 'odd': must be one of short, long"),
         ("smollm2-135m:plain@echo", {"settings": {"loud": "maybe"}}, "--set loud=maybe: must be true or false"),
         ("smollm2-135m:plain@echo", {"settings": {"tp_size": "9"}}, "tp_size = 9: must be at most 8"),
         ("smollm2-135m:plain@onnxruntime", {}, "onnxruntime takes trtllm-checkpoint, plain gives toy-checkpoint"),

@@ -57,7 +57,7 @@ def test_the_same_build_twice_does_nothing_twice(toy_model: Path, workspace: Pat
     assert {s.status for s in again.stages} == {"cached"}
     assert len(list(history.read(workspace))) == 1
     assert api.build(REF, how=How(force=True)).status == "built"
-    assert len(list((workspace / "engines").glob("toy*-????????"))) == 1
+    assert len(api.open_setup().store.artifacts("engines")) == 1
 
 
 def test_until_and_no_validate_stop_there(toy_model: Path) -> None:
@@ -84,7 +84,11 @@ def api_sampling() -> object:
     return Sampling(max_tokens=10)
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+STAGES = ("resolve", "stage1", "stage2", "validate")
+PLACES = {"resolve": "sources", "stage1": "checkpoints", "stage2": "engines", "validate": "engines"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(
     ("mode", "message", "output"),
     [
@@ -93,22 +97,34 @@ def api_sampling() -> object:
     ],
 )
 def test_a_stage_that_fails_keeps_its_output_and_leaves_no_folder(
-    toy_model: Path, workspace: Path, stage: str, mode: str, message: str, output: str
+    toy_model: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch, stage: str, mode: str, message: str, output: str
 ) -> None:
-    settings = {"mode" if stage == "stage1" else "build.mode": mode}
+    monkeypatch.setenv("TOY", f"{stage} {mode}")
     with pytest.raises(StageFailed) as caught:
-        api.build(REF, settings=settings)
+        api.build(REF)
     assert f"{stage} of " in caught.value.message
     assert "(engine-recipes-toy 1.0)" in caught.value.message
     assert message in caught.value.message
     assert output in caught.value.output
-    (log,) = (workspace / "logs").glob("checkpoints*" if stage == "stage1" else "engines*")
+    (log,) = (workspace / "logs").glob(f"{PLACES[stage]}*")
     assert output in log.read_text()
     assert str(log) in caught.value.hint
-    place = "checkpoints" if stage == "stage1" else "engines"
-    assert list((workspace / place).iterdir()) == []
+    left = 1 if stage == "validate" else 0  # the engine itself is good, it has no verdict yet
+    assert len(list((workspace / PLACES[stage]).iterdir())) == left
     assert [line["status"] for line in history.read(workspace)] == ["failed"]
+    monkeypatch.delenv("TOY")
     assert api.build(REF).status == "built"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_full_disk_is_said_in_two_lines(
+    toy_model: Path, recipes: Recipes, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    monkeypatch.setenv("TOY", f"{stage} disk")
+    ran = recipes("build", REF)
+    assert ran.code == 3
+    assert ran.error[0].startswith("no space left on the device while writing")
+    assert "--workspace" in ran.error[1]
 
 
 def test_a_rejected_engine_is_kept_for_study_and_never_gets_the_plain_name(toy_model: Path, workspace: Path) -> None:
@@ -118,13 +134,14 @@ def test_a_rejected_engine_is_kept_for_study_and_never_gets_the_plain_name(toy_m
     with pytest.raises(Rejected, match=r"rejected: says something \(1, limit 0\.5\)"):
         api.build(REF, settings={"loud": "true"})
     assert plain.resolve() == good
-    assert len(list((workspace / "engines").glob("toy*-????????"))) == 2
+    assert len(api.open_setup().store.artifacts("engines")) == 2
     with pytest.raises(Rejected):  # also when the verdict comes from the store
         api.build(REF, settings={"loud": "true"})
 
 
-def test_a_stage_that_leaves_children_behind_takes_them_along(toy_model: Path) -> None:
-    api.build(REF, settings={"mode": "orphan"})
+def test_a_stage_that_leaves_children_behind_takes_them_along(toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY", "stage1 orphan")
+    api.build(REF)
     deadline = time.monotonic() + 10
     while orphans() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -140,14 +157,9 @@ def orphans() -> list[int]:
     return found
 
 
-def sleeping_build(*settings: str) -> tuple[subprocess.Popen[str], int]:
+def sleeping_build() -> tuple[subprocess.Popen[str], int]:
     """A build whose stage sleeps, and the pid of its worker."""
-    process = subprocess.Popen(
-        command("build", REF, *(part for s in settings for part in ("--set", s))),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = subprocess.Popen(command("build", REF), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
         if "sleeping in" in line:
@@ -172,27 +184,28 @@ KILLS: dict[str, tuple[Callable[[subprocess.Popen[str], int], None], int]] = {
 }
 
 
-@pytest.mark.parametrize("mode", ["mode=sleep", "build.mode=sleep"])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("how", KILLS)
 def test_a_kill_loses_the_stage_in_hand_and_nothing_else(
-    toy_model: Path, workspace: Path, recipes: Recipes, mode: str, how: str
+    toy_model: Path, recipes: Recipes, monkeypatch: pytest.MonkeyPatch, stage: str, how: str
 ) -> None:
+    monkeypatch.setenv("TOY", f"{stage} sleep")
     kill, code = KILLS[how]
-    process, worker = sleeping_build(mode)
+    process, worker = sleeping_build()
     kill(process, worker)
     _, err = process.communicate(timeout=30)
     assert process.returncode == code
     assert gone(worker)
     assert "Traceback" not in err
-    if how == "kill -9 of the worker":
-        assert "was killed by SIGKILL" in err
-    finished = 1 if mode.startswith("build.") else 0
+    assert ("was killed by SIGKILL" in err) == (how == "kill -9 of the worker")
     store = api.open_setup().store
-    assert len(store.artifacts("checkpoints")) == finished
-    assert store.artifacts("engines") == []
+    finished = [len(store.artifacts(place)) for place in ("sources", "checkpoints", "engines")]
+    assert finished == {"resolve": [0, 0, 0], "stage1": [1, 0, 0], "stage2": [1, 1, 0], "validate": [1, 1, 1]}[stage]
+    monkeypatch.delenv("TOY")
     again = recipes("build", REF, "--json")
     assert again.code == 0
-    assert again.json["builds"][0]["stages"][0]["status"] == "cached"
+    statuses = [s["status"] for s in again.json["builds"][0]["stages"]]
+    assert statuses == ["cached"] * STAGES.index(stage) + ["run"] * (4 - STAGES.index(stage))
     assert store.garbage() == []
 
 

@@ -10,12 +10,27 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import checkpoint, events, testing
-    from .api import Loaded, build, load, plan
-    from .decoder import Decoder, from_hf
-    from .errors import Interrupted, MachineError, RecipesError, Rejected, RequestError, StageFailed
-    from .hookspecs import hookimpl
-    from .types import Artifact, Check, Ref, Report, Runtime, Sampling, StageContext
+    from . import checkpoint as checkpoint, events as events, testing as testing
+    from .api import Loaded as Loaded, build as build, load as load, plan as plan
+    from .decoder import Decoder as Decoder, from_hf as from_hf
+    from .errors import (
+        Interrupted as Interrupted,
+        MachineError as MachineError,
+        RecipesError as RecipesError,
+        Rejected as Rejected,
+        RequestError as RequestError,
+        StageFailed as StageFailed,
+    )
+    from .hookspecs import hookimpl as hookimpl
+    from .types import (
+        Artifact as Artifact,
+        Check as Check,
+        Ref as Ref,
+        Report as Report,
+        Runtime as Runtime,
+        Sampling as Sampling,
+        StageContext as StageContext,
+    )
 
 _HOME = {
     "Loaded": "api",

@@ -9,8 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import facts as machine
-from . import planning, refs, registry, sources
+from . import facts as machine, planning, refs, registry, sources
 from .decoder import architecture_of
 from .errors import MachineError, RequestError
 from .events import Event

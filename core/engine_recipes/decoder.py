@@ -111,7 +111,7 @@ class Decoder:
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def from_hf(config: Mapping[str, Json], **differences: Any) -> Decoder:
+def from_hf(config: Mapping[str, Json], /, **differences: Any) -> Decoder:
     """Describe a Hugging Face decoder. A family passes only the fields in which it differs.
 
     Args:

@@ -28,7 +28,7 @@ _ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "PYTHONUNBUFFERED": "1",
 }
-_LAST_LINES = 20
+_LAST_LINES = 40
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,11 @@ def _listen(pipe: IO[bytes], listen: Callable[[Event], None], last: deque[str]) 
 
 
 def _keep(pipe: IO[bytes], log: Path | None, last: deque[str]) -> None:
-    with (log or Path(os.devnull)).open("ab") as file:
-        for line in pipe:
-            file.write(line)
-            file.flush()
-            last.append(line.decode(errors="replace").rstrip())
+    for line in pipe:
+        last.append(line.decode(errors="replace").rstrip())
+        if log:  # opened for each line: most stages print nothing and need no file
+            with log.open("ab") as file:
+                file.write(line)
 
 
 def _answer(what: str, final: Event | None, code: int, output: str, log: Path | None) -> Answer:

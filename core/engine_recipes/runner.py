@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from . import __version__, gate, history
@@ -249,12 +250,12 @@ class _Walk:
         if not self.how.validate:
             self.results.append(StageResult("validate", "skipped", key=stage.key))
             return
-        known = None if self.how.force else _read_report(engine, stage.key)
-        if known is not None:
-            self.results.append(StageResult("validate", "cached", key=stage.key, path=engine))
-            self.tell(stage, "cached", path=str(engine))
-        else:
-            known = self.judge(stage, engine)
+        known = self.known(stage, engine)
+        if known is None:
+            slot = self.plan.stage("stage2").slot
+            assert slot is not None
+            with self.store.lock(slot, lambda: self.tell(stage, "waiting")):
+                known = self.known(stage, engine) or self.judge(stage, engine, self.store.log_path(slot))
         self.report = known
         if known.verdict == "fail":
             raise _rejected(self.plan, known, engine)
@@ -262,14 +263,20 @@ class _Walk:
         if self.results[-1].status == "run" or not plain.exists():
             self.store.link(engine)
 
-    def judge(self, stage: Stage, engine: Path) -> Report:
+    def known(self, stage: Stage, engine: Path) -> Report | None:
+        report = None if self.how.force else _read_report(engine, stage.key)
+        if report is not None:
+            self.results.append(StageResult("validate", "cached", key=stage.key, path=engine))
+            self.tell(stage, "cached", path=str(engine))
+        return report
+
+    def judge(self, stage: Stage, engine: Path, log: Path) -> Report:
         started = time.monotonic()
         self.tell(stage, "started")
         judges = [self.plan.stage(name).provider for name in ("resolve", "stage1", "stage2")]
-        slot = self.plan.stage("stage2").slot
-        assert slot is not None
         try:
-            answer = self.work(stage, engine, self.store.log_path(slot), judges)
+            with TemporaryDirectory(prefix="engine-recipes-") as scratch:  # judges may write, but leave nothing
+                answer = self.work(stage, Path(scratch), log, judges)
         except RecipesError:
             self.results.append(StageResult("validate", "failed", time.monotonic() - started, stage.key, engine))
             raise

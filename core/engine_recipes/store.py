@@ -165,7 +165,9 @@ class Store:
 
     def _folders(self, place: str) -> list[Path]:
         folder = self.workspace / place
-        return sorted(folder.iterdir()) if folder.is_dir() else []
+        if not folder.is_dir():
+            return []
+        return sorted(entry for entry in folder.iterdir() if entry.is_dir() or entry.is_symlink())
 
     def _make(self, folder: Path) -> Path:
         try:

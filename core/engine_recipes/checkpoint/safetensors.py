@@ -40,6 +40,7 @@ DTYPES: Mapping[str, tuple[str, int]] = {
 }
 _CODES = {name: code for code, (name, _) in DTYPES.items()}
 _MAX_HEADER = 100 << 20
+_FAULT_AROUND = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise _not_safetensors(path, head + file.read(192), size)
         raw = file.read(length)
     try:
-        header = json.loads(raw)
+        header = json.loads(raw.decode("utf-8"))
         header.pop("__metadata__", None)
         tensors = {name: _info(entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RequestError(f"{path.name} has a damaged safetensors header ({error})", _AGAIN) from None
     _check_extent(path, tensors, 8 + length, size)
     return tensors
@@ -79,10 +80,14 @@ _AGAIN = "download or copy the file again"
 
 
 def _info(entry: Mapping[str, Any], base: int) -> TensorInfo:
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {entry['dtype']!r} is not known")
     dtype, width = DTYPES[entry["dtype"]]
     start, end = entry["data_offsets"]
-    shape = tuple(int(n) for n in entry["shape"])
-    if min(shape, default=0) < 0 or end - start != math.prod(shape) * width:
+    shape = tuple(entry["shape"])
+    if any(type(number) is not int or number < 0 for number in (start, end, *shape)):
+        raise ValueError("shapes and offsets are whole numbers")
+    if end - start != math.prod(shape) * width:
         raise ValueError(f"{entry['dtype']} {list(shape)} does not take {end - start} bytes")
     return TensorInfo(dtype, shape, base + start, end - start)
 
@@ -149,13 +154,23 @@ class SafeFile:
         flat: Array = np.frombuffer(self._map or b"", dtype, math.prod(info.shape), info.offset)
         return flat.reshape(info.shape)
 
-    def forget(self, name: str) -> None:
-        """Tell the kernel that this tensor's pages are not needed any more, so that they leave our memory."""
+    def forget(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Tell the kernel that this tensor's pages are not needed any more, so that they leave our memory.
+
+        They stay in the page cache, and come back if they are touched again.
+
+        Args:
+            name: the tensor.
+            start, stop: only these bytes of it.
+        """
+        if self._map is None or not hasattr(self._map, "madvise"):
+            return
         info = self.tensors[name]
-        start = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (info.offset + info.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
-        if self._map is not None and length > 0 and hasattr(self._map, "madvise"):
-            self._map.madvise(mmap.MADV_DONTNEED, start, length)
+        stop = info.nbytes if stop is None else stop
+        # A fault maps up to 16 pages around the one that was touched: give those back too.
+        first = max(info.offset + start - _FAULT_AROUND, 0) // mmap.PAGESIZE * mmap.PAGESIZE
+        last = min(info.offset + stop + _FAULT_AROUND, len(self._map))
+        self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

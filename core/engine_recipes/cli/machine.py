@@ -59,9 +59,9 @@ def diagnose(setup: Setup) -> Iterator[dict[str, Any]]:
 
 
 def _disks(setup: Setup) -> Iterator[dict[str, Any]]:
-    from ..sources.hub import cache_folder
+    from ..sources.local import hub_cache
 
-    for name, folder in (("workspace", setup.store.workspace), ("Hugging Face cache", cache_folder())):
+    for name, folder in (("workspace", setup.store.workspace), ("Hugging Face cache", hub_cache())):
         existing = next(p for p in (folder, *folder.parents) if p.exists())
         free = shutil.disk_usage(existing).free
         verdict, hint = ("ok", "") if free > 20e9 else ("warn", "a 7B model needs about 50 GB for all its stages")

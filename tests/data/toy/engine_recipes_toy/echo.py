@@ -14,6 +14,7 @@ def stage2(context) -> None:
 
 @hookimpl
 def validate(context) -> list[Check]:
+    misbehave(context)
     engine = (context.input("toy-engine").path / "engine.txt").read_text()
     verdict = "fail" if '"loud": true' in engine else "pass"
     return [Check("says something", verdict, value=1.0, limit=0.5, note="the toy was told to")]

@@ -2,7 +2,10 @@
 
 from engine_recipes import Decoder, from_hf, hookimpl
 
+from .misbehave import misbehave
+
 
 @hookimpl
-def resolve_checkpoint(config) -> Decoder:
+def resolve_checkpoint(context, config) -> Decoder:
+    misbehave(context)
     return from_hf(config)

@@ -1,4 +1,4 @@
-"""The ways a stage can go wrong, on demand."""
+"""The ways a stage can go wrong, on demand: TOY="stage1 raise", for example. Not an option: it must not be in keys."""
 
 import errno
 import os
@@ -10,10 +10,12 @@ from engine_recipes import events
 
 
 def misbehave(context) -> None:
-    mode = context.options["mode"]
     (context.out / "half.bin").write_bytes(b"half written")
     events.progress("working", 1, 2, "steps")
     print("a library prints this to stdout")
+    stage, _, mode = os.environ.get("TOY", "").partition(" ")
+    if stage != context.stage:
+        return
     if mode == "raise":
         raise ValueError("the toy broke")
     if mode == "exit":

@@ -1,0 +1,193 @@
+"""The checkpoint's `config.json`: what TensorRT-LLM calls the numbers of a decoder, written and read back.
+
+Keys as `convert_checkpoint.py` writes them. TensorRT-LLM fills many missing keys with defaults that make nonsense
+without a word (rotary_base 10000, hidden_act gelu, learned positions); reading refuses instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ..decoder import Decoder, from_hf
+from ..errors import RequestError
+
+Json = Any
+
+#: The `quantization` object of an unquantised checkpoint.
+NOT_QUANTIZED: Mapping[str, Json] = {
+    "quant_algo": None,
+    "kv_cache_quant_algo": None,
+    "group_size": 128,
+    "smoothquant_val": 0.5,
+    "clamp_val": None,
+    "use_meta_recipe": False,
+    "has_zero_point": False,
+    "pre_quant_scale": False,
+    "exclude_modules": None,
+    "mamba_ssm_cache_dtype": None,
+}
+
+_MOE: Mapping[str, Json] = {
+    "num_experts": 0,
+    "shared_expert_intermediate_size": 0,
+    "top_k": 0,
+    "normalization_mode": None,
+    "sparse_mixer_epsilon": 0.01,
+    "tp_mode": 0,
+    "device_limited_n_group": 0,
+    "device_limited_topk_group": 0,
+    "device_limited_routed_scaling_factor": 1.0,
+}
+
+#: Keys without which TensorRT-LLM fails late or, worse, guesses.
+_REQUIRED = (
+    "architecture",
+    "dtype",
+    "hidden_act",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "norm_epsilon",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "position_embedding_type",
+    "rotary_base",
+    "vocab_size",
+)
+
+_AS_HUGGING_FACE = {
+    "dtype": "dtype",
+    "head_dim": "head_size",
+    "hidden_act": "hidden_act",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "num_attention_heads": "num_attention_heads",
+    "num_hidden_layers": "num_hidden_layers",
+    "num_key_value_heads": "num_key_value_heads",
+    "rms_norm_eps": "norm_epsilon",
+    "rope_scaling": "rotary_scaling",
+    "rope_theta": "rotary_base",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "vocab_size": "vocab_size",
+}
+
+
+def config_json(
+    decoder: Decoder, dtype: str, tp_size: int = 1, pp_size: int = 1, quantization: Mapping[str, Json] | None = None
+) -> dict[str, Json]:
+    """The `config.json` of a checkpoint.
+
+    Args:
+        decoder: what the model is. Its `config` adds the family's own keys; of `moe` only what differs.
+        dtype: of the unquantised tensors: `float16`, `bfloat16` or `float32`.
+        tp_size, pp_size: the mapping.
+        quantization: keys that differ from NOT_QUANTIZED.
+    """
+    d = decoder
+    family = dict(d.config)
+    return {
+        "architecture": d.architecture,
+        "dtype": dtype,
+        "logits_dtype": "float32",
+        "vocab_size": d.vocab_size,
+        "max_position_embeddings": d.max_positions,
+        "hidden_size": d.hidden_size,
+        "intermediate_size": d.intermediate_size,
+        "num_hidden_layers": d.layers,
+        "num_attention_heads": d.heads,
+        "num_key_value_heads": d.kv_heads,
+        "head_size": d.head_size,
+        "hidden_act": d.activation,
+        "norm_epsilon": d.norm_epsilon,
+        "qk_layernorm": False,  # means another kind of norm; Qwen3's norms follow from qwen_type
+        "attn_bias": d.qkv_bias,
+        "mlp_bias": d.mlp_bias,
+        "position_embedding_type": "rope_gpt_neox",
+        "rotary_base": d.rope_theta,
+        "rotary_scaling": None if d.rope_scaling is None else dict(d.rope_scaling),
+        "rotary_embedding_dim": d.head_size,
+        "tie_word_embeddings": d.tied,
+        "use_parallel_embedding": False,
+        "embedding_sharding_dim": 0,
+        "disable_weight_only_quant_plugin": False,
+        "runtime_defaults": None,
+        "moe": {**_MOE, **family.pop("moe", {})},
+        "mapping": _mapping(tp_size, pp_size),
+        "quantization": {**NOT_QUANTIZED, **(quantization or {})},
+        **family,
+    }
+
+
+def _mapping(tp_size: int, pp_size: int) -> dict[str, Json]:
+    return {
+        "world_size": tp_size * pp_size,
+        "gpus_per_node": 8,
+        "tp_size": tp_size,
+        "pp_size": pp_size,
+        "cp_size": 1,
+        "cp_config": {},
+        "moe_tp_size": tp_size,
+        "moe_ep_size": 1,
+        "moe_cluster_size": 1,
+        "attn_tp_size": -1,
+        "attn_cp_size": -1,
+        "enable_attention_dp": False,
+        "enable_lm_head_tp_in_adp": False,
+    }
+
+
+def decoder_from_config(config: Mapping[str, Json], tensors: Collection[str] | None = None) -> Decoder:
+    """Read a checkpoint's `config.json` back, also one that NVIDIA's tools wrote.
+
+    Args:
+        config: the parsed file.
+        tensors: names of the tensors of one rank that holds a layer. They say which biases and norms there are;
+            without them the config is believed.
+
+    Raises:
+        RequestError: a key is missing that TensorRT-LLM would guess, or says something that is no rope decoder.
+    """
+    missing = [key for key in _REQUIRED if config.get(key) is None]
+    if missing:
+        raise RequestError(
+            f"the checkpoint's config.json lacks {', '.join(missing)}",
+            "TensorRT-LLM would guess and give nonsense; add what the source model's config.json says",
+        )
+    if config["position_embedding_type"] != "rope_gpt_neox":
+        raise RequestError(
+            f"the checkpoint's position_embedding_type is {config['position_embedding_type']!r}",
+            "decoders with rope_gpt_neox are supported",
+        )
+    hugging_face = {theirs: config.get(ours) for theirs, ours in _AS_HUGGING_FACE.items()}
+    return from_hf({**hugging_face, "architectures": [config["architecture"]]}, **_biases_and_norms(config, tensors))
+
+
+def _biases_and_norms(config: Mapping[str, Json], tensors: Collection[str] | None) -> dict[str, bool]:
+    qwen = "qwen" in str(config["architecture"]).lower()
+    qwen_type = config.get("qwen_type", "")
+    qkv_bias = bool(config.get("attn_bias", qwen))  # TensorRT-LLM's own defaults
+    said = {
+        "qkv_bias": qkv_bias,
+        "dense_bias": qkv_bias and not qwen,
+        "mlp_bias": bool(config.get("mlp_bias", False)),
+        "qk_norm": qwen_type == "qwen3" or str(config["architecture"]).startswith("Qwen3"),
+    }
+    if tensors is None:
+        return said
+    endings = {
+        "qkv_bias": "attention.qkv.bias",
+        "dense_bias": "attention.dense.bias",
+        "mlp_bias": "mlp.fc.bias",
+        "qk_norm": "attention.q_layernorm.weight",
+    }
+    held = {field: any(name.endswith(ending) for name in tensors) for field, ending in endings.items()}
+    if "attn_bias" in config and said["qkv_bias"] != held["qkv_bias"]:
+        holds = "has" if held["qkv_bias"] else "has no"
+        raise RequestError(
+            f"config.json says attn_bias {config['attn_bias']} and the checkpoint {holds} attention.qkv.bias",
+            "make attn_bias say what the tensors are",
+        )
+    return held

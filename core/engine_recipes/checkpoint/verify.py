@@ -1,0 +1,119 @@
+"""Reading a finished checkpoint back: is it complete, and is it what its config.json says?
+
+Unquantised tensors must have the names, shapes and dtype of the layout; of quantised ones only what every
+algorithm shares is checked here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import events
+from ..errors import RequestError, StageFailed
+from .cast import FLOATS, examine
+from .layout import TensorSpec, layout
+from .reader import ROPE_TABLES, Checkpoint, mapping_of, open_checkpoint
+from .safetensors import SafeFile, TensorInfo
+from .source import read_json
+
+if TYPE_CHECKING:
+    from .safetensors import Array
+
+_BLOCK_BYTES = 4 << 20
+_AGAIN = "build the checkpoint again"
+
+
+def verify(folder: Path, *, contents: bool = True) -> None:
+    """Check a checkpoint folder.
+
+    Args:
+        folder: with `config.json` and the rank files.
+        contents: also read every weight and refuse NaN and inf; streamed, memory does not grow with the model.
+
+    Raises:
+        StageFailed: something is missing, left over, damaged, of another shape or dtype, or not finite; the
+            message names the file and the tensor.
+    """
+    try:
+        _check_files(folder)
+        with open_checkpoint(folder) as checkpoint:
+            _check_headers(checkpoint)
+    except RequestError as error:
+        raise StageFailed(error.message, error.hint or _AGAIN) from None
+    if contents:
+        _check_contents(folder)
+
+
+def _check_files(folder: Path) -> None:
+    tp_size, pp_size = mapping_of(read_json(folder / "config.json"))
+    expected = {f"rank{rank}.safetensors" for rank in range(tp_size * pp_size)}
+    found = {path.name for path in folder.glob("*.safetensors")}
+    missing, stale = sorted(expected - found), sorted(found - expected)
+    if missing:
+        raise RequestError(f"{missing[0]} is missing in {folder}: tp_size {tp_size}, pp_size {pp_size}", _AGAIN)
+    if stale:
+        raise RequestError(
+            f"{stale[0]} in {folder} does not belong there: tp_size {tp_size}, pp_size {pp_size}",
+            "remove it, or build the checkpoint again",
+        )
+
+
+def _check_headers(checkpoint: Checkpoint) -> None:
+    parallel_embedding = bool(checkpoint.config.get("use_parallel_embedding", False))
+    ranks = layout(checkpoint.decoder, checkpoint.tp_size, checkpoint.pp_size, parallel_embedding)
+    quantized = any(checkpoint.quantization.get(key) for key in ("quant_algo", "kv_cache_quant_algo"))
+    for number, (specs, header) in enumerate(zip(ranks, checkpoint.ranks, strict=True)):
+        file = f"rank{number}.safetensors"
+        expected = {spec.name: spec for spec in specs}
+        _check_names(file, expected, header, quantized)
+        for name, spec in expected.items():
+            if not quantized or not _is_linear(name):
+                _check_info(f"{file}: {name}", header[name], spec.shape, checkpoint.dtype)
+
+
+def _check_names(
+    file: str, expected: Mapping[str, TensorSpec], header: Mapping[str, TensorInfo], quantized: bool
+) -> None:
+    missing = [name for name in expected if name not in header]
+    if missing:
+        raise RequestError(f"{file} lacks {missing[0]} ({len(missing)} missing)", _AGAIN)
+    unknown = [name for name in header if name not in expected and name.split(".")[-1] not in ROPE_TABLES]
+    if unknown and not quantized:
+        raise RequestError(f"{file} holds {unknown[0]}, which config.json does not imply", _AGAIN)
+
+
+def _is_linear(name: str) -> bool:
+    """True for weights that a quantization may replace by another dtype and shape."""
+    return re.search(r"(attention\.(qkv|dense)|mlp\.(fc|gate|proj)|^lm_head)\.weight$", name) is not None
+
+
+def _check_info(what: str, info: TensorInfo, shape: tuple[int, ...], dtype: str) -> None:
+    if info.shape != shape:
+        raise RequestError(f"{what} has shape {list(info.shape)} instead of {list(shape)}", _AGAIN)
+    if info.dtype != dtype:
+        raise RequestError(f"{what} is {info.dtype}, and config.json says {dtype}", _AGAIN)
+
+
+def _check_contents(folder: Path) -> None:
+    for path in sorted(folder.glob("rank*.safetensors")):
+        with SafeFile(path) as file:
+            for number, (name, info) in enumerate(file.tensors.items()):
+                events.progress(f"checking {path.name}", number, len(file.tensors), "tensors")
+                if info.dtype in FLOATS:
+                    _check_finite(file, name)
+
+
+def _check_finite(file: SafeFile, name: str) -> None:
+    flat: Array = file.array(name).reshape(-1)
+    step = _BLOCK_BYTES // flat.itemsize
+    for start in range(0, flat.size, step):
+        finding = examine(flat[start : start + step], flat.dtype.name)
+        if finding.problem:
+            raise StageFailed(
+                f"{file.path.name}: {name} holds {finding.problem}",
+                "values that do not fit float16 become inf: bfloat16 keeps them",
+            )
+        file.forget(name, start * flat.itemsize, (start + step) * flat.itemsize)

@@ -1,0 +1,45 @@
+"""The embedded default: lowers the TensorRT-LLM checkpoint to ONNX and runs it with onnxruntime, on any CPU.
+
+Options of stage 2: `max_seq_len`, the longest sequence in tokens (0: what the model is meant for); it bounds the rope
+tables and the KV cache. Options of the runtime: `threads` (0: one for each physical core).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine_recipes import Check, StageContext, hookimpl
+
+if TYPE_CHECKING:
+    from .runtime import OnnxRuntime
+
+
+@hookimpl
+def stage2(context: StageContext) -> None:
+    """Write `model.onnx`, `model.onnx.data` and `genai_config.json`."""
+    from engine_recipes import checkpoint
+
+    from .genai import source_settings, write_config
+    from .lowering import lower
+
+    with checkpoint.open_checkpoint(context.input("trtllm-checkpoint").path) as weights:
+        longest = lower(weights, context.out, context.target, int(context.options.get("max_seq_len", 0)))
+        write_config(context.out, weights.decoder, context.target, longest, source_settings(context))
+
+
+@hookimpl
+def load_engine(folder: Path, options: Mapping[str, Any]) -> OnnxRuntime:
+    """Load what `stage2` wrote. Option: `threads`."""
+    from .runtime import OnnxRuntime
+
+    return OnnxRuntime(folder, options)
+
+
+@hookimpl
+def validate(context: StageContext) -> list[Check]:
+    """Whether the engine loads, computes numbers, keeps its cache right and fits its tokenizer."""
+    from .checks import judge
+
+    return judge(context.inputs[0].path)

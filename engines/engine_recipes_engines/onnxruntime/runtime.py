@@ -1,0 +1,229 @@
+"""Runs a lowered decoder: session, KV cache, choosing the next token. Knows token ids, no text."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine_recipes import MachineError, RequestError, Sampling
+
+from .graph import MODEL
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+_DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}
+#: Tokens a run takes at most: attention scores need heads × CHUNK × cache × 4 bytes at once.
+CHUNK = 512
+
+
+class OnnxRuntime:
+    """A loaded engine (see `engine_recipes.Runtime`). Each `generate` has a cache of its own.
+
+    Args:
+        folder: an engine that this package built.
+        options: `threads`: 0 (default) is one for each physical core this process may use.
+
+    Raises:
+        MachineError: onnxruntime cannot load it here.
+    """
+
+    def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
+        settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        decoder = settings["decoder"]
+        self.max_seq_len: int = settings["context_length"]
+        self.vocab_size: int = settings["vocab_size"]
+        self._layers: int = decoder["num_hidden_layers"]
+        wants_cuda = any("cuda" in provider for provider in decoder["session_options"]["provider_options"])
+        self._session: Any = _session(folder / MODEL, int(options.get("threads", 0)), wants_cuda)
+        self._device = "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
+        past = {value.name: value for value in self._session.get_inputs()}["past_key_values.0.key"]
+        self.compute: str = _DTYPES[past.type]
+        self._heads, self._head_size = past.shape[1], past.shape[3]
+
+    def generate(self, prompt: Sequence[int], sampling: Sampling, stop: frozenset[int] = frozenset()) -> Iterator[int]:
+        """Yield new token ids; the prompt is looked at before the first is asked for.
+
+        Raises:
+            RequestError: the prompt is empty, too long, or has ids outside the vocabulary.
+        """
+        self._check(prompt)
+        # the last token is never fed back, so it needs no room in the cache
+        most = min(sampling.max_tokens, self.max_seq_len - len(prompt) + 1)
+        return self._generate(prompt, sampling, stop, most)
+
+    def _generate(self, prompt: Sequence[int], sampling: Sampling, stop: frozenset[int], most: int) -> Iterator[int]:
+        import numpy as np
+
+        if most < 1:
+            return
+        random = np.random.default_rng(sampling.seed)
+        run = _Run(self, len(prompt) + most - 1)
+        logits = run.next_logits(prompt)
+        for left in reversed(range(most)):
+            token = choose(logits, sampling.temperature, random)
+            if token in stop:
+                return
+            yield token
+            if left:
+                logits = run.next_logits([token])
+
+    def logits(self, ids: Sequence[int]) -> Floats:
+        """Next-token logits for every position, float32 [len(ids), vocabulary].
+
+        Raises:
+            RequestError: as for `generate`.
+        """
+        import numpy as np
+
+        self._check(ids)
+        run = _Run(self, len(ids))
+        found = np.empty((len(ids), self.vocab_size), np.float32)
+        for start in range(0, len(ids), CHUNK):
+            run.feed(ids[start : start + CHUNK], found[start : start + CHUNK])
+        return found
+
+    def stepwise_logits(self, ids: Sequence[int]) -> Floats:
+        """As `logits`, but through the cache, one token at a time: the way `generate` works.
+
+        Raises:
+            RequestError: as for `generate`.
+        """
+        import numpy as np
+
+        self._check(ids)
+        run = _Run(self, len(ids))
+        found = np.empty((len(ids), self.vocab_size), np.float32)
+        for i, token in enumerate(ids):
+            run.feed([token], found[i : i + 1])
+        return found
+
+    def close(self) -> None:
+        """Give back memory and devices. Safe to call twice."""
+        self._session = None
+
+    def _check(self, ids: Sequence[int]) -> None:
+        if self._session is None:
+            raise ValueError("this engine was closed")
+        if not len(ids):
+            raise RequestError("the prompt is empty", "give at least one token")
+        if len(ids) > self.max_seq_len:
+            raise RequestError(
+                f"the prompt has {len(ids):,} tokens, this engine takes {self.max_seq_len:,}",
+                "shorten it, or build with a larger --set build.max_seq_len",
+            )
+        if not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise RequestError(
+                f"token ids from {min(ids)} to {max(ids)}, but the vocabulary is {self.vocab_size}",
+                "use the tokenizer of this model",
+            )
+
+
+class _Run:
+    """One sequence: its cache, and bindings that are made once.
+
+    GroupQueryAttention writes new keys and values into the buffer it reads the old ones from, because past and
+    present are bound to the same memory; nothing is copied from step to step.
+    """
+
+    def __init__(self, runtime: OnnxRuntime, length: int) -> None:
+        import numpy as np
+
+        self._runtime = runtime
+        self._session = runtime._session
+        self._binding = self._session.io_binding()
+        self._used = 0
+        self._mask = np.ones((1, length), np.int64)
+        self._last: Floats = np.empty((1, runtime.vocab_size), np.float32)
+        self._cache = []
+        shape = (1, runtime._heads, length, runtime._head_size)
+        for layer in range(runtime._layers):
+            for what in ("key", "value"):
+                buffer = _buffer(shape, runtime.compute, runtime._device)
+                self._cache.append(buffer)
+                self._binding.bind_ortvalue_input(f"past_key_values.{layer}.{what}", buffer)
+                self._binding.bind_ortvalue_output(f"present.{layer}.{what}", buffer)
+
+    def next_logits(self, ids: Sequence[int]) -> Floats:
+        """Feed tokens; logits after the last one, float32 [vocabulary]. Overwritten by the next call."""
+        for start in range(0, len(ids), CHUNK):
+            self.feed(ids[start : start + CHUNK], self._last)
+        (last,) = self._last
+        return last
+
+    def feed(self, ids: Sequence[int], out: Floats) -> None:
+        """Run up to CHUNK tokens; `out` [L, vocabulary] gets the logits of the last L of them."""
+        import numpy as np
+        from onnxruntime import OrtValue
+
+        self._used += len(ids)
+        binding = self._binding
+        binding.bind_cpu_input("input_ids", np.array([ids], np.int64))
+        binding.bind_cpu_input("attention_mask", self._mask[:, : self._used])
+        # not bind_cpu_input, which does not know optional inputs
+        binding.bind_ortvalue_input("first_logit", OrtValue.ortvalue_from_numpy(np.array([-len(out)], np.int64)))
+        binding.bind_output("logits", "cpu", 0, np.float32, (1, *out.shape), out.ctypes.data)
+        self._session.run_with_iobinding(binding)
+
+
+def choose(logits: Floats, temperature: float, random: np.random.Generator) -> int:
+    """The next token: the likeliest at temperature 0, else drawn from softmax(logits / temperature).
+
+    Args:
+        logits: float32 [vocabulary].
+        temperature: 0 or more.
+        random: drawn from once, unless greedy.
+    """
+    import numpy as np
+
+    if temperature <= 0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) / temperature
+    heights = np.cumsum(np.exp(scaled - scaled.max()))  # [vocabulary], not normalised
+    return int(np.searchsorted(heights, random.random() * heights[-1], side="right"))
+
+
+def _session(model: Path, threads: int, wants_cuda: bool) -> Any:
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads or cores()
+    settings.log_severity_level = 4  # errors are raised; printed once more they would only confuse
+    cuda = wants_cuda and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if cuda else ["CPUExecutionProvider"]
+    try:
+        return onnxruntime.InferenceSession(str(model), settings, providers=providers)
+    except Exception as error:  # onnxruntime's own classes are not public
+        hint = "install onnxruntime-gpu, or build with --target cpu" if wants_cuda else "build the engine again"
+        first = str(error).strip().splitlines()[0]
+        raise MachineError(f"onnxruntime {onnxruntime.__version__} cannot load {model.name}: {first}", hint) from error
+
+
+def _buffer(shape: tuple[int, ...], dtype: str, device: str) -> Any:
+    import numpy as np
+    from onnxruntime import OrtValue
+
+    if device == "cpu" and dtype != "bfloat16":  # which numpy does not know
+        # np.zeros is lazy: memory is used as far as the cache is filled
+        return OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
+    codes = {"float32": 1, "float16": 10, "bfloat16": 16}  # of onnx.TensorProto
+    return OrtValue.ortvalue_from_shape_and_type(shape, codes[dtype], device, 0)
+
+
+def cores() -> int:
+    """Physical cores that this process may use; two threads of one core would only wait for each other."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    found = set()
+    for cpu in os.sched_getaffinity(0):
+        try:
+            siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+        except OSError:
+            siblings = str(cpu)
+        found.add(siblings)
+    return len(found)

@@ -1,0 +1,51 @@
+"""Run with engine-recipes[cpu] and this package installed: `pip install '.[test]' && pytest`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_recipes_mistral.family import resolve_checkpoint
+
+import engine_recipes
+from engine_recipes import RequestError, Sampling, testing
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RECIPES_WORKSPACE", str(tmp_path / "workspace"))
+    return testing.write_checkpoint(tmp_path / "tiny-mistral", CONFIG, resolve_checkpoint(CONFIG))
+
+
+def test_a_tiny_mistral_builds_and_generates(model: Path) -> None:
+    build = engine_recipes.build(f"{model}:fp16@onnxruntime")
+    assert build.status == "built"
+    assert build.plan.family.owner.package == "engine-recipes-mistral"
+    loaded = engine_recipes.load(f"{model}:fp16@onnxruntime")
+    ids = loaded.tokenizer.encode("Hello", special=True)
+    assert len(list(loaded.runtime.generate(ids, Sampling(max_tokens=8)))) == 8
+    loaded.runtime.close()
+
+
+def test_a_sliding_window_is_refused() -> None:
+    with pytest.raises(RequestError, match="sliding window of 128"):
+        resolve_checkpoint({**CONFIG, "sliding_window": 128})
