@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from conftest import Recipes, command
-from engine_recipes import api, history, runner
+from engine_recipes import api, gate, history, runner
 from engine_recipes.errors import Rejected, StageFailed
 from engine_recipes.events import Event
 from engine_recipes.runner import How
@@ -225,7 +225,7 @@ def test_a_verdict_is_stored_with_the_key_it_was_given_for(toy_model: Path) -> N
     build = api.build(REF)
     engine = build.path("stage2")
     assert engine is not None
-    assert runner.read_report(engine) == build.report
+    assert gate.read(engine) == build.report
     stage = build.plan.stage("validate")
     assert runner.status(stage, api.open_setup().store, engine) == engine
     (engine / "validation.json").write_text("{}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -17,11 +16,9 @@ from .errors import Interrupted, MachineError, RecipesError, Rejected
 from .events import Event
 from .launch import Answer, call
 from .planning import STAGES, Plan, Stage
-from .store import Slot, Store, read_manifest, size_of, write_json
+from .store import Slot, Store, read_manifest, size_of
 from .types import Artifact, Check, Provider, Report, StageContext, StageName
-from .worker import context_as_json
 
-VALIDATION = "validation.json"
 StageStatus = Literal["run", "cached", "skipped", "failed"]
 BuildStatus = Literal["built", "cached", "rejected", "failed"]
 
@@ -89,7 +86,7 @@ def status(stage: Stage, store: Store, engine: Path | None = None) -> Path | Non
     """Where the stage's result is, if it is there already. For validate: the engine's folder, if it was judged."""
     if stage.slot is not None:
         return store.get(stage.slot)
-    if stage.name == "validate" and engine and stage.key and _read_report(engine, stage.key):
+    if stage.name == "validate" and engine and stage.key and gate.read(engine, stage.key):
         return engine
     return None
 
@@ -210,7 +207,7 @@ class _Walk:
         request = {
             "action": "stage",
             "providers": [asdict(provider) for provider in (judges or [stage.provider])],
-            "context": context_as_json(context),
+            "context": context.as_json(),
             "gives": stage.gives,
             "architectures": self.plan.family.architectures,
             "source": {
@@ -264,7 +261,7 @@ class _Walk:
             self.store.link(engine)
 
     def known(self, stage: Stage, engine: Path) -> Report | None:
-        report = None if self.how.force else _read_report(engine, stage.key)
+        report = None if self.how.force else gate.read(engine, stage.key)
         if report is not None:
             self.results.append(StageResult("validate", "cached", key=stage.key, path=engine))
             self.tell(stage, "cached", path=str(engine))
@@ -281,7 +278,7 @@ class _Walk:
             self.results.append(StageResult("validate", "failed", time.monotonic() - started, stage.key, engine))
             raise
         report = gate.judge(Check(**check) for check in answer.value)
-        write_json(engine / VALIDATION, {"schema": 1, "key": stage.key, **report.as_json()})
+        gate.write(engine, stage.key, report)
         seconds = time.monotonic() - started
         self.results.append(
             StageResult("validate", "run", seconds, stage.key, engine, peak_rss_bytes=answer.peak_rss_bytes)
@@ -302,22 +299,6 @@ def _rejected(plan: Plan, report: Report, engine: Path) -> Rejected:
         + (f", and {len(failed) - 1} more" if failed[1:] else ""),
         f"{first.note or 'see the checks'}; the engine is kept for study in {engine}",
     )
-
-
-def read_report(engine: Path) -> Report:
-    """The stored judgement of an engine; `not run` if there is none."""
-    return _read_report(engine, None) or Report()
-
-
-def _read_report(engine: Path, key: str | None) -> Report | None:
-    try:
-        data = json.loads((engine / VALIDATION).read_text(encoding="utf-8"))
-        if key is not None and data["key"] != key:
-            return None
-        checks = tuple(Check(**check) for check in data["checks"])
-        return Report(data["verdict"], data["metrics"], checks, tuple(data["samples"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _remember(store: Store, build: Build) -> None:

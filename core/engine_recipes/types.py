@@ -98,6 +98,17 @@ class StageContext:
         have = ", ".join(a.kind for a in self.inputs) or "nothing"
         raise RequestError(f"{self.stage} needs a {kind} and was given {have}", "check `takes` and `gives`")
 
+    def as_json(self) -> dict[str, Any]:
+        """As plain JSON, for another process."""
+        inputs = [{**vars(artifact), "path": str(artifact.path)} for artifact in self.inputs]
+        return {**vars(self), "options": dict(self.options), "inputs": inputs, "out": str(self.out)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> StageContext:
+        """The reverse of `as_json`."""
+        inputs = tuple(Artifact(a["kind"], Path(a["path"]), a["key"]) for a in data["inputs"])
+        return cls(**{**data, "inputs": inputs, "out": Path(data["out"])})
+
 
 @dataclass(frozen=True)
 class Check:

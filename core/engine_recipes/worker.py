@@ -22,7 +22,7 @@ from typing import Any
 from . import events
 from .errors import MachineError, RecipesError
 from .host import Host
-from .types import HF_CHECKPOINT, TRTLLM_CHECKPOINT, Artifact, Provider, StageContext
+from .types import HF_CHECKPOINT, TRTLLM_CHECKPOINT, Provider, StageContext
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def perform(call: Mapping[str, Any]) -> Any:
     host = Host(providers)
     if call["action"] == "check":
         return None
-    context = context_from_json(call["context"])
+    context = StageContext.from_json(call["context"])
     if context.stage == "resolve":
         return _resolve(host, providers[0], context, call)
     if context.stage == "stage1":
@@ -98,20 +98,6 @@ def _finish_stage2(context: StageContext) -> dict[str, Any]:
     with open_source(context.input(HF_CHECKPOINT)) as source:
         copy_tokenizer(source.folder, context.out)
     return {}
-
-
-def context_as_json(context: StageContext) -> dict[str, Any]:
-    """A context as plain JSON."""
-    data = asdict(context)
-    data["out"] = str(context.out)
-    data["inputs"] = [{**asdict(artifact), "path": str(artifact.path)} for artifact in context.inputs]
-    return data
-
-
-def context_from_json(data: Mapping[str, Any]) -> StageContext:
-    """The reverse of `context_as_json`."""
-    inputs = tuple(Artifact(a["kind"], Path(a["path"]), a["key"]) for a in data["inputs"])
-    return StageContext(**{**data, "inputs": inputs, "out": Path(data["out"])})
 
 
 def _as_event(error: Exception) -> events.Event:

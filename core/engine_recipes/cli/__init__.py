@@ -84,10 +84,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, click.Abort):
         _say("interrupted", "nothing that was finished is lost")
         code = 130
-    except BrokenPipeError:  # `recipes list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 0
+    except BrokenPipeError:
+        code = _reader_has_gone()
+    except SystemExit as stop:
+        code = _reader_has_gone() if isinstance(stop.__context__, BrokenPipeError) else stop.code
     sys.exit(code or 0)
+
+
+def _reader_has_gone() -> int:
+    """`recipes list | head` is no failure. The interpreter's last flush must find an open file."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return 0
 
 
 def report(error: RecipesError) -> None:

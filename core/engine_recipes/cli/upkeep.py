@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .. import runner
+from .. import gate
 from ..api import Setup, open_setup
 from ..errors import RequestError, did_you_mean
 from ..planning import human_bytes
@@ -47,7 +47,8 @@ def engines_command(as_json: bool, workspace: str | None, project: str | None) -
 
 
 def _row(store: Store, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    verdict = runner.read_report(folder).verdict
+    report = gate.read(folder)
+    verdict = report.verdict if report else "not run"
     plain = store.plain(folder)
     return {
         "name": folder.name,
@@ -87,12 +88,12 @@ def rm_command(name: str, yes: bool, workspace: str | None, project: str | None)
 
 def _newest_passed(store: Store, plain: Path, without: Path) -> Path | None:
     """The newest other build of the same recipe that passed its validation."""
-    passed = [
-        folder
-        for folder, _ in store.artifacts("engines")
-        if store.plain(folder) == plain and folder != without and runner.read_report(folder).verdict in ("pass", "warn")
-    ]
-    return passed[-1] if passed else None
+    folder: Path
+    for folder, _ in reversed(store.artifacts("engines")):
+        report = gate.read(folder)
+        if store.plain(folder) == plain and folder != without and report and report.verdict in ("pass", "warn"):
+            return folder
+    return None
 
 
 def _remove(folder: Path) -> None:

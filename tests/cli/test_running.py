@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from conftest import Recipes
+
+REF = "./toy-model:plain@echo"
+
+
+def test_run_streams_text_to_stdout_and_chatter_to_stderr(toy_model: Path, recipes: Recipes) -> None:
+    recipes("build", REF)
+    ran = recipes("run", REF, "abc", "--raw")
+    assert (ran.code, ran.out) == (0, "cba\n")
+    assert "3 tokens" in ran.err
+    assert recipes("run", REF, "abc", "--raw", "--max-tokens", "2", "-q").err == ""
+
+
+def test_run_uses_the_chat_template_unless_told_otherwise(toy_model: Path, recipes: Recipes) -> None:
+    recipes("build", REF)
+    assert recipes("run", REF, "abc").out == f"{'[user] abc' + chr(10) + '> '}"[::-1] + "\n"
+
+
+def test_run_json_has_the_promised_fields(toy_model: Path, recipes: Recipes) -> None:
+    recipes("build", REF)
+    data = recipes("run", REF, "abc", "--raw", "--json").json
+    assert data["text"] == "cba"
+    assert (data["prompt_tokens"], data["generated_tokens"]) == (3, 3)
+    assert {"load_seconds", "first_token_seconds", "tokens_per_second"} <= set(data)
+
+
+def test_run_of_what_is_not_built_names_the_command(toy_model: Path, recipes: Recipes) -> None:
+    ran = recipes("run", REF, "abc")
+    assert ran.code == 3
+    assert ran.error == [f"{REF} for cpu is not built", f"run `recipes build {REF}`"]
+
+
+def test_an_engine_outlives_its_source(toy_model: Path, recipes: Recipes) -> None:
+    Path("registry.toml").write_text('[models.mine]\nfamily = "toy"\nsource = "./toy-model"\n')
+    assert recipes("build", "mine:plain@echo").code == 0
+    toy_model.rename("elsewhere")
+    assert recipes("run", "mine:plain@echo", "abc", "--raw").out == "cba\n"
