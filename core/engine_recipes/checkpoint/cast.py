@@ -99,7 +99,8 @@ def _astype(array: Array, target: str) -> Array:
     import numpy as np
 
     with np.errstate(over="ignore", under="ignore"):
-        return array.astype(numpy_dtype(target))
+        cast: Array = array.astype(numpy_dtype(target))
+    return cast
 
 
 @lru_cache

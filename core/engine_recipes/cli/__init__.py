@@ -31,6 +31,10 @@ COMMANDS = {
 }
 
 
+class _ReaderHasGone(Exception):
+    """Nobody reads stdout any more."""
+
+
 class Commands(click.Group):
     """A group that knows its commands' names without importing them."""
 
@@ -50,6 +54,14 @@ class Commands(click.Group):
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             raise click.UsageError(f"no command {args[0]!r}\n{did_you_mean(args[0], COMMANDS)}")
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:  # `recipes list | head` is no failure; click would make exit code 1 of it
+            raise _ReaderHasGone from None
+        return result
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -72,7 +84,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         signal.signal(sign, _interrupt)
     try:
         code = cli.main(arguments, prog_name="recipes", standalone_mode=False)
-        sys.stdout.flush()
     except RecipesError as error:
         report(error)
         code = error.exit_code
@@ -84,17 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, click.Abort):
         _say("interrupted", "nothing that was finished is lost")
         code = 130
-    except BrokenPipeError:
-        code = _reader_has_gone()
-    except SystemExit as stop:
-        code = _reader_has_gone() if isinstance(stop.__context__, BrokenPipeError) else stop.code
+    except _ReaderHasGone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter's last flush must find an open file
+        code = 0
     sys.exit(code or 0)
-
-
-def _reader_has_gone() -> int:
-    """`recipes list | head` is no failure. The interpreter's last flush must find an open file."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    return 0
 
 
 def report(error: RecipesError) -> None:

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine_recipes import RequestError
+from engine_recipes.checkpoint import config_json, decoder_from_config, layout
+from engine_recipes_models import llama, qwen
+from tests import tiny
+
+LLAMA3 = {
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 128,
+    "rope_type": "llama3",
+}
+
+
+@pytest.mark.parametrize("arch", tiny.CONFIGS)
+def test_what_was_written_is_read_back(arch: str) -> None:
+    family = llama if arch == "llama" else qwen
+    decoder = family.resolve_checkpoint(tiny.config(arch, rope_scaling=LLAMA3, tie_word_embeddings=True))
+    config = config_json(decoder, "float16", 2, 2)
+    names = [spec.name for spec in layout(decoder)[0]]
+    for tensors in (None, names):
+        back = decoder_from_config(config, tensors)
+        assert back == decoder.with_(dtype="float16", config={})
+
+
+def test_rope_scaling_is_copied_whole() -> None:
+    decoder = llama.resolve_checkpoint(tiny.config(rope_scaling=LLAMA3))
+    assert config_json(decoder, "bfloat16")["rotary_scaling"] == LLAMA3
+
+
+def test_rope_scaling_default_becomes_null() -> None:
+    decoder = llama.resolve_checkpoint(tiny.config(rope_scaling={"rope_type": "default"}))
+    assert config_json(decoder, "bfloat16")["rotary_scaling"] is None
+
+
+def test_quantization_keys_are_added() -> None:
+    config = config_json(llama.resolve_checkpoint(tiny.config()), "float16", quantization={"quant_algo": "FP8"})
+    assert config["quantization"]["quant_algo"] == "FP8"
+    assert config["quantization"]["group_size"] == 128
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["rotary_base", "hidden_act", "norm_epsilon", "position_embedding_type", "num_key_value_heads", "vocab_size"],
+)
+def test_what_tensorrt_llm_would_guess_is_refused(key: str) -> None:
+    config = config_json(llama.resolve_checkpoint(tiny.config()), "float16")
+    del config[key]
+    with pytest.raises(RequestError, match=f"lacks {key}"):
+        decoder_from_config(config)
+
+
+def test_learned_positions_are_refused() -> None:
+    config = config_json(llama.resolve_checkpoint(tiny.config()), "float16")
+    with pytest.raises(RequestError, match="learned_absolute"):
+        decoder_from_config({**config, "position_embedding_type": "learned_absolute"})
+
+
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_both_spellings_of_the_rope_type_are_read(key: str) -> None:
+    config = config_json(llama.resolve_checkpoint(tiny.config()), "float16")
+    decoder = decoder_from_config({**config, "rotary_scaling": {key: "linear", "factor": 2.0}})
+    assert decoder.rope_scaling == {"rope_type": "linear", "factor": 2.0}
+
+
+def test_tensors_decide_about_biases_that_the_config_leaves_out() -> None:
+    decoder = qwen.resolve_checkpoint(tiny.config("qwen2"))
+    config = config_json(decoder, "float16")
+    del config["attn_bias"], config["qwen_type"]  # as ModelOpt exports it
+    names = [spec.name for spec in layout(decoder)[0]]
+    assert decoder_from_config(config, names).qkv_bias
+    assert not decoder_from_config(config, [name for name in names if "bias" not in name]).qkv_bias
+
+
+def test_a_config_that_contradicts_the_tensors_is_refused() -> None:
+    decoder = qwen.resolve_checkpoint(tiny.config("qwen2"))
+    names = [spec.name for spec in layout(decoder)[0]]
+    with pytest.raises(RequestError, match=r"attn_bias False and the checkpoint has attention\.qkv\.bias"):
+        decoder_from_config({**config_json(decoder, "float16"), "attn_bias": False}, names)
+
+
+def test_wrong_types_are_refused(tmp_path: Path) -> None:
+    config = config_json(llama.resolve_checkpoint(tiny.config()), "float16")
+    with pytest.raises(RequestError, match="num_attention_heads is '4'"):
+        decoder_from_config({**config, "num_attention_heads": "4"})
