@@ -4,8 +4,8 @@
 
 Makes a random Llama-shaped bfloat16 checkpoint of that size, then times in turn, several rounds in one run: `cp` of
 its weights to a fresh folder, and our conversion to each dtype in a child process. Memory is the child's peak
-resident set (VmHWM) minus that of a child that only imports. Needs twice the checkpoint's size of free disk and
-Linux. Everything is deleted afterwards.
+resident set (VmHWM) minus that of a child that only imports. CPU seconds are of all threads, and tell what a busy
+machine hides. Needs twice the checkpoint's size of free disk and Linux. Everything is deleted afterwards.
 """
 
 from __future__ import annotations
@@ -44,13 +44,14 @@ def main() -> None:
     parser.add_argument("--child", nargs=3, metavar=("SOURCE", "OUT", "DTYPE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        convert_once(*arguments.child, arguments.tp_size)
+        source, out, dtype = arguments.child
+        convert_once(source, out, dtype, arguments.tp_size)
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as work:
-        source = Path(work) / "source"
-        size = make_source(source, int(arguments.parameters))
+        folder = Path(work) / "source"
+        size = make_source(folder, int(arguments.parameters))
         dtypes = arguments.dtype or ["bfloat16", "float16"]
-        report(size, measure(source, Path(work) / "out", dtypes, arguments.rounds, arguments.tp_size))
+        report(size, measure(folder, Path(work) / "out", dtypes, arguments.rounds, arguments.tp_size))
 
 
 def config_of(parameters: int) -> dict[str, Any]:
@@ -120,15 +121,15 @@ def convert_once(source: str, out: str, dtype: str, tp_size: int) -> None:
     """In the child: convert (or only import, if OUT is `-`) and print seconds and peak resident bytes as JSON."""
     import ml_dtypes  # noqa: F401
 
-    seconds = 0.0
+    seconds = cpu = 0.0
     if out != "-":
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         with checkpoint.open_source(Path(source)) as opened:
             checkpoint.convert(opened, Path(out), dtype, tp_size=tp_size)  # type: ignore[arg-type]
-        seconds = time.perf_counter() - start
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
     status = Path("/proc/self/status").read_text()
     peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-    print(json.dumps({"seconds": seconds, "peak": peak}))
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": peak}))
 
 
 def child(source: Path, out: str, dtype: str, tp_size: int) -> dict[str, float]:
@@ -148,10 +149,10 @@ def measure(source: Path, out: Path, dtypes: list[str], rounds: int, tp_size: in
             out.mkdir()
             os.sync()  # nobody pays for writing back what another wrote
             if label == "cp":
-                start = time.perf_counter()
+                start, cpu_start = time.perf_counter(), children_cpu()
                 subprocess.run(["cp", *map(str, source.glob("*.safetensors")), str(out)], check=True)
-                result = {"seconds": time.perf_counter() - start, "peak": bare}
-                result["process"] = result["seconds"]
+                seconds = time.perf_counter() - start
+                result = {"seconds": seconds, "process": seconds, "cpu": children_cpu() - cpu_start, "peak": bare}
             else:
                 result = child(source, str(out), label, tp_size)
             if number:
@@ -160,17 +161,25 @@ def measure(source: Path, out: Path, dtypes: list[str], rounds: int, tp_size: in
     return results
 
 
+def children_cpu() -> float:
+    """User and system seconds of all children so far."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 def report(size: int, results: dict[str, list[dict[str, float]]]) -> None:
     """Print medians, and the median over rounds of each conversion's time divided by cp's of the same round."""
     print(f"{size / 1e9:.2f} GB bfloat16, {len(results['cp'])} rounds, medians")
-    print(f"{'':10} {'seconds':>8} {'best':>8} {'x cp':>6} {'x cp with start':>16} {'peak MB':>8}")
+    print(f"{'':10} {'seconds':>8} {'best':>8} {'CPU':>6} {'x cp':>6} {'x cp with start':>16} {'peak MB':>8}")
     for label, rows in results.items():
         pairs = list(zip(rows, results["cp"], strict=True))
         seconds = [row["seconds"] for row in rows]
         ratio = statistics.median(row["seconds"] / cp["seconds"] for row, cp in pairs)
         whole = statistics.median(row["process"] / cp["seconds"] for row, cp in pairs)
+        cpu = statistics.median(row["cpu"] for row in rows)
         peak = max(row["peak"] for row in rows) / 1e6
-        print(f"{label:10} {statistics.median(seconds):8.2f} {min(seconds):8.2f} {ratio:6.2f} {whole:16.2f} {peak:8.0f}")
+        median, best = statistics.median(seconds), min(seconds)
+        print(f"{label:10} {median:8.2f} {best:8.2f} {cpu:6.2f} {ratio:6.2f} {whole:16.2f} {peak:8.0f}")
 
 
 if __name__ == "__main__":

@@ -49,9 +49,9 @@ def transformers(folder: str, threads: int, dtype: str) -> Turn:
     from transformers import AutoModelForCausalLM, DynamicCache
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.set_num_threads(threads)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
 
     def turn(prompt: list[int], count: int) -> Iterator[None]:
         cache, ids = DynamicCache(config=model.config), torch.tensor([prompt])
@@ -137,7 +137,7 @@ class Child:
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"a contender ended early: {self.process.args}")
+            raise SystemExit(f"a contender ended early: {self.process.args!r}")
         return dict(json.loads(line))
 
 

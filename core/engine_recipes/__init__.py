@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         StageFailed as StageFailed,
     )
     from .hookspecs import hookimpl as hookimpl
+    from .tokenizer import Tokenizer as Tokenizer
     from .types import (
         Artifact as Artifact,
         Check as Check,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         Runtime as Runtime,
         Sampling as Sampling,
         StageContext as StageContext,
+        Verdict as Verdict,
     )
 
 _HOME = {
@@ -46,6 +48,7 @@ _HOME = {
     "RequestError": "errors",
     "StageFailed": "errors",
     "hookimpl": "hookspecs",
+    "Tokenizer": "tokenizer",
     "Artifact": "types",
     "Check": "types",
     "Ref": "types",
@@ -53,6 +56,7 @@ _HOME = {
     "Runtime": "types",
     "Sampling": "types",
     "StageContext": "types",
+    "Verdict": "types",
 }
 _MODULES = ("checkpoint", "events", "testing")
 

@@ -38,7 +38,7 @@ class Host:
             return
         try:
             module = import_module(provider.module)
-        except Exception as error:  # the one guard around foreign code at import
+        except (Exception, SystemExit) as error:  # the one guard around foreign code at import
             raise _unusable(provider, f"{type(error).__name__}: {error}") from error
         try:
             self._manager.register(module, name=provider.module)

@@ -43,7 +43,7 @@ def main() -> None:
             value = perform(call)
             send({"event": "result", "value": value, "peak_rss_bytes": peak_rss_bytes()})
             code = 0
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             send(_as_event(error))
     channel.close()
     sys.stderr.flush()
@@ -100,7 +100,7 @@ def _finish_stage2(context: StageContext) -> dict[str, Any]:
     return {}
 
 
-def _as_event(error: Exception) -> events.Event:
+def _as_event(error: BaseException) -> events.Event:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         error = MachineError(
             f"no space left on the device while writing {error.filename or 'the output'}",

@@ -34,7 +34,7 @@ def resolve_checkpoint(config: Mapping[str, Any]) -> Decoder:
         RequestError: another architecture or activation, or a part that TensorRT-LLM's Qwen has no place for.
     """
     _refuse(config)
-    differences = ARCHITECTURES.get(str(config.get("architectures", [""])[0]), {})
+    differences = next((same for name, same in ARCHITECTURES.items() if config.get("architectures") == [name]), {})
     family = {**CONFIG, "qwen_type": config.get("model_type")}
     decoder = from_hf(config, **differences, dense_bias=False, mlp_bias=False, config=family)
     if decoder.architecture not in ARCHITECTURES:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+import tiny
 from engine_recipes import RequestError
 from engine_recipes.checkpoint import config_json, decoder_from_config, layout
 from engine_recipes_models import llama, qwen
-from tests import tiny
 
 LLAMA3 = {
     "factor": 8.0,

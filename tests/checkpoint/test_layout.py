@@ -2,17 +2,17 @@ from __future__ import annotations
 
 import pytest
 
+import tiny
 from engine_recipes import Decoder, RequestError, from_hf
-from engine_recipes.checkpoint import Piece, check_split, layout, source_shapes, stage_layers
-from tests import tiny
+from engine_recipes.checkpoint import Piece, TensorSpec, check_split, layout, source_shapes, stage_layers
 
 
 def decoder(**changes: object) -> Decoder:
     return from_hf(tiny.config("llama", **changes))
 
 
-def by_name(ranks: list[list[object]], rank: int) -> dict[str, object]:
-    return {spec.name: spec for spec in ranks[rank]}  # type: ignore[attr-defined]
+def by_name(ranks: list[list[TensorSpec]], rank: int) -> dict[str, TensorSpec]:
+    return {spec.name: spec for spec in ranks[rank]}
 
 
 def test_the_first_stages_get_the_layers_that_are_left_over() -> None:
@@ -40,22 +40,22 @@ def test_every_source_row_and_column_is_used_exactly_once() -> None:
 def test_fewer_key_value_heads_than_ranks_are_repeated() -> None:
     ranks = layout(decoder(num_attention_heads=4, num_key_value_heads=2, hidden_size=64), tp_size=4)
     name = "transformer.layers.0.attention.qkv.weight"
-    k_rows = [by_name(ranks, rank)[name].pieces[1].rows for rank in range(4)]  # type: ignore[attr-defined]
+    k_rows = [by_name(ranks, rank)[name].pieces[1].rows for rank in range(4)]
     assert k_rows == [(0, 16), (0, 16), (16, 32), (16, 32)]
 
 
 def test_the_head_is_padded_and_the_embedding_is_not() -> None:
     ranks = layout(decoder(vocab_size=301), tp_size=2)
     last = by_name(ranks, 1)
-    assert last["lm_head.weight"].shape == (151, 64)  # type: ignore[attr-defined]
-    assert last["lm_head.weight"].pad_rows == 1  # type: ignore[attr-defined]
-    assert last["transformer.vocab_embedding.weight"].shape == (301, 64)  # type: ignore[attr-defined]
+    assert last["lm_head.weight"].shape == (151, 64)
+    assert last["lm_head.weight"].pad_rows == 1
+    assert last["transformer.vocab_embedding.weight"].shape == (301, 64)
 
 
 def test_more_ranks_than_words() -> None:
     ranks = layout(decoder(vocab_size=2, num_attention_heads=4, num_key_value_heads=4), tp_size=4)
     heads = [by_name(ranks, rank)["lm_head.weight"] for rank in range(4)]
-    assert [(head.shape, head.pad_rows) for head in heads] == [  # type: ignore[attr-defined]
+    assert [(head.shape, head.pad_rows) for head in heads] == [
         ((1, 64), 0),
         ((1, 64), 0),
         ((1, 64), 1),
@@ -65,7 +65,7 @@ def test_more_ranks_than_words() -> None:
 
 def test_a_parallel_embedding_is_split_like_the_head() -> None:
     ranks = layout(decoder(vocab_size=301), tp_size=2, parallel_embedding=True)
-    assert by_name(ranks, 1)["transformer.vocab_embedding.weight"].shape == (151, 64)  # type: ignore[attr-defined]
+    assert by_name(ranks, 1)["transformer.vocab_embedding.weight"].shape == (151, 64)
 
 
 def test_a_tied_head_comes_from_the_embedding() -> None:

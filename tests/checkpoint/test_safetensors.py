@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import tiny
 from engine_recipes import RequestError
 from engine_recipes.checkpoint.safetensors import SafeFile, read_header, write
-from tests import tiny
 
 
 def raw(header: Any, data: bytes = b"", length: int | None = None) -> bytes:

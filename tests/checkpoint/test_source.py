@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+import tiny
+from converted import resolve
 from engine_recipes import Artifact, RequestError, events
 from engine_recipes.checkpoint import expect_tensors, open_source, source_tensors
 from engine_recipes_models import llama
-from tests import tiny
-from tests.checkpoint.helpers import resolve
 
 INDEX = "model.safetensors.index.json"
 
@@ -70,7 +70,7 @@ def test_a_missing_shard(tmp_path: Path) -> None:
 
 def test_a_tensor_in_another_shard_than_the_index_says(tmp_path: Path) -> None:
     change_place(tiny.write(tmp_path, shards=2), "model-00002-of-00002.safetensors")
-    with pytest.raises(RequestError, match="embed_tokens.weight is in model-00001"):
+    with pytest.raises(RequestError, match=r"embed_tokens.weight is in model-00001"):
         source_tensors(tmp_path)
 
 
@@ -78,7 +78,7 @@ def test_a_tensor_that_is_nowhere(tmp_path: Path) -> None:
     tiny.write(tmp_path, shards=2)
     weight_map = json.loads((tmp_path / INDEX).read_text())["weight_map"]
     change_index(tmp_path, weight_map={**weight_map, "ghost": "model-00001-of-00002.safetensors"})
-    with pytest.raises(RequestError, match="ghost is in model-00001.*and it is not"):
+    with pytest.raises(RequestError, match=r"ghost is in model-00001.*and it is not"):
         source_tensors(tmp_path)
 
 
@@ -94,7 +94,7 @@ def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
 
 def test_a_wrong_total_size(tmp_path: Path) -> None:
     change_index(tiny.write(tmp_path, shards=2), metadata={"total_size": 1})
-    with pytest.raises(RequestError, match="bytes of tensors and .* says 1"):
+    with pytest.raises(RequestError, match=r"bytes of tensors and .* says 1"):
         source_tensors(tmp_path)
 
 

@@ -124,11 +124,12 @@ def _look_up(array: Array, source: str, target: str) -> Array:
     for start in range(0, bits.size, _TABLE_BLOCK):  # take makes 8-byte indices: keep them in the cache
         part = slice(start, start + _TABLE_BLOCK)
         np.take(table, bits[part], out=out[part], mode="clip")
-    return out.view(numpy_dtype(target)).reshape(array.shape)
+    result: Array = out.view(numpy_dtype(target)).reshape(array.shape)
+    return result
 
 
 def _bfloat16_to_float16(array: Array) -> Array:
-    """The common cast, a third faster than by table.
+    """The common cast. By table it takes a quarter more CPU time, measured over a whole conversion.
 
     Magnitudes from 2**-14 to 65280 need no rounding: 7 bits of mantissa become 10 (times 8), the exponent's bias
     15 instead of 127 (minus 112 << 10), in 16-bit arithmetic that wraps. The rest, 1 weight in 400, is looked up.
@@ -155,4 +156,5 @@ def _bfloat16_to_float16(array: Array) -> Array:
             np.take(table, x, out=y, mode="clip")
         else:
             y[where] = table[x[where]]
-    return out.view(np.float16).reshape(array.shape)
+    result: Array = out.view(np.float16).reshape(array.shape)
+    return result

@@ -46,7 +46,16 @@ class Checkpoint:
         self.folder = folder
         self.config = read_json(folder / "config.json")
         self.tp_size, self.pp_size = mapping_of(self.config)
-        self._files = [_open_rank(folder, rank) for rank in range(self.tp_size * self.pp_size)]
+        self._files: list[SafeFile] = []
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        for rank in range(self.tp_size * self.pp_size):
+            self._files.append(_open_rank(self.folder, rank))
         self.ranks: list[Mapping[str, TensorInfo]] = [file.tensors for file in self._files]
         self.decoder: Decoder = decoder_from_config(self.config, self.ranks[0])
         self.dtype: str = self.decoder.dtype

@@ -44,7 +44,13 @@ class SourceCheckpoint:
         self.config = read_json(folder / "config.json")
         self.tensors: Mapping[str, tuple[Path, TensorInfo]] = source_tensors(folder)
         _check_tensors(decoder, self.tensors)
-        self._files = {path: SafeFile(path) for path in {path for path, _ in self.tensors.values()}}
+        self._files: dict[Path, SafeFile] = {}
+        try:
+            for path in sorted({path for path, _ in self.tensors.values()}):
+                self._files[path] = SafeFile(path)
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> SourceCheckpoint:
         return self

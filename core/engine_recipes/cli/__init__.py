@@ -79,7 +79,7 @@ def cli() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit with the code that docs/exit-codes says."""
+    """Run the command line and exit with the code that docs/commands.md promises."""
     for sign in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(sign, _interrupt)
     try:

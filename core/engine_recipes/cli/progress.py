@@ -42,7 +42,7 @@ class Lines:
         """A stage began, ended or was there already."""
         what = event["status"]
         if what == "started":
-            self.line(event, event["provider"])
+            self.started(event)
         elif what == "cached":
             self.line(event, "there already")
         elif what == "waiting":
@@ -50,7 +50,11 @@ class Lines:
         else:
             size = f", {human_bytes(event['bytes'])}" if "bytes" in event else ""
             verdict = f", {event['verdict']}" if "verdict" in event else ""
-            self.line(event, f"done in {event['seconds']:.1f} s{size}{verdict}")
+            self.line(event, f"{event['provider']}: {event['seconds']:.1f} s{size}{verdict}")
+
+    def started(self, event: Event) -> None:
+        """A stage began."""
+        self.line(event, f"{event['provider']} …")
 
     def line(self, event: Event, text: str) -> None:
         """One line about a stage."""
@@ -97,10 +101,14 @@ class Bars(Lines):
             self._bars.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def stage(self, event: Event) -> None:
-        super().stage(event)
         for task in self._tasks.values():
             self._bars.remove_task(task)
         self._tasks.clear()
+        super().stage(event)
+
+    def started(self, event: Event) -> None:
+        name = f"{_NAMES[event['stage']]}  {event['provider']}"
+        self._tasks[name] = self._bars.add_task(name, total=None, amount="")
 
     def progress(self, event: Event) -> None:
         label, total = event["label"], event["total"] or None

@@ -20,7 +20,7 @@ from engine_recipes.types import Sampling
 from engine_recipes_engines import onnxruntime as engine
 from engine_recipes_engines.onnxruntime import runtime as module
 from engine_recipes_engines.onnxruntime.graph import MODEL
-from engine_recipes_engines.onnxruntime.runtime import OnnxRuntime, choose, cores
+from engine_recipes_engines.onnxruntime.runtime import OnnxRuntime, choose, cores, spin_microseconds
 
 IDS = np.random.default_rng(2).integers(0, 250, 30).tolist()
 PROMPTS = (
@@ -143,6 +143,19 @@ def test_threads_are_the_cores_this_process_may_use(folder: Path) -> None:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
         assert done.stdout == "1\n", done.stderr
     assert OnnxRuntime(folder, {"threads": 1}).logits([1]).shape == (1, 256)
+
+
+@pytest.mark.parametrize(("load", "spin"), [(0.1, 1000), (99.0, 50)])
+def test_threads_spin_where_cores_are_free(monkeypatch: pytest.MonkeyPatch, load: float, spin: int) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    assert spin_microseconds() == spin
+
+
+def test_what_is_no_engine_and_a_wrong_option_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="holds no onnxruntime engine"):
+        OnnxRuntime(tmp_path, {})
+    with pytest.raises(RequestError, match="threads = -1"):
+        OnnxRuntime(folder, {"threads": -1})
 
 
 def checks(folder: Path) -> dict[str, Check]:

@@ -1,4 +1,4 @@
-"""What the checkpoint tests share."""
+"""Tiny sources as the resolve stage leaves them, and tiny checkpoints converted from them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import tiny
 from engine_recipes import Decoder
 from engine_recipes.checkpoint import SourceCheckpoint, convert, open_source
 from engine_recipes_models import llama, qwen
-from tests import tiny
 
 FAMILIES = {"LlamaForCausalLM": llama, "Qwen2ForCausalLM": qwen, "Qwen3ForCausalLM": qwen}
 

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from converted import built
+from engine_recipes import StageFailed
+from engine_recipes.checkpoint import verify
+from engine_recipes.checkpoint.safetensors import SafeFile, write
+
+NORM = "transformer.layers.0.input_layernorm.weight"
+FC = "transformer.layers.0.mlp.fc.weight"
+
+
+def change(folder: Path, **arrays: np.ndarray[Any, Any] | None) -> None:
+    """Replace, add or (None) remove tensors of rank 0; `__` stands for a dot."""
+    path = folder / "rank0.safetensors"
+    with SafeFile(path) as file:
+        held = {name: file.array(name).copy() for name in file.tensors}
+    for name, array in arrays.items():
+        held.pop(name.replace("__", "."), None)
+        if array is not None:
+            held[name.replace("__", ".")] = array
+    path.unlink()
+    data = ([array.tobytes()] for array in held.values())
+    list(write(path, {name: (array.dtype.name, array.shape) for name, array in held.items()}, data))
+
+
+def replace_in_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def damage_a_byte(folder: Path) -> None:
+    path = folder / "rank0.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "rank missing": (lambda f: (f / "rank1.safetensors").unlink(), r"rank1\.safetensors is missing .*tp_size 2"),
+    "stale rank": (
+        lambda f: shutil.copy(f / "rank0.safetensors", f / "rank2.safetensors"),
+        r"rank2\.safetensors in .* does not belong there",
+    ),
+    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json is missing"),
+    "half a config": (lambda f: (f / "config.json").write_text("{"), r"config\.json in .* cannot be read"),
+    "no rope base": (lambda f: replace_in_config(f, rotary_base=None), "lacks rotary_base"),
+    "cut off": (damage_a_byte, r"rank0\.safetensors is cut off"),
+    "other width": (lambda f: replace_in_config(f, intermediate_size=88), r"mlp.*has shape \[88, 64\] instead of"),
+    "other dtype": (lambda f: replace_in_config(f, dtype="bfloat16"), r"is float16, and config\.json says bfloat16"),
+    "impossible": (lambda f: replace_in_config(f, num_attention_heads=3, num_key_value_heads=3), "cannot be split"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_found_and_named(tmp_path: Path, name: str) -> None:
+    out = built(tmp_path, tp_size=2)
+    verify(out)
+    damage, message = DAMAGE[name]
+    damage(out)
+    with pytest.raises(StageFailed, match=message) as caught:
+        verify(out, contents=False)
+    assert caught.value.hint
+
+
+def test_missing_and_unknown_tensors(tmp_path: Path) -> None:
+    out = built(tmp_path)
+    change(out, **{NORM: None})
+    with pytest.raises(StageFailed, match=r"rank0\.safetensors lacks transformer\.layers\.0\.input_layernorm"):
+        verify(out)
+    change(out, **{NORM: np.ones(64, np.float16), "x": np.ones(1, np.float16)})
+    with pytest.raises(StageFailed, match=r"rank0\.safetensors holds x"):
+        verify(out)
+    change(out, x=None, rotary_inv_freq=np.ones(8, np.float32))
+    verify(out)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_found_in_the_contents(tmp_path: Path, value: float) -> None:
+    out = built(tmp_path)
+    bad = np.ones((176, 64), np.float16)
+    bad[175, 63] = value
+    change(out, **{FC: bad})
+    verify(out, contents=False)
+    with pytest.raises(StageFailed, match=r"rank0\.safetensors: transformer\.layers\.0\.mlp\.fc\.weight holds"):
+        verify(out)
+
+
+def test_linears_of_a_quantized_checkpoint_may_have_another_dtype_and_shape(tmp_path: Path) -> None:
+    out = built(tmp_path)
+    scale = FC.replace("weight", "weights_scaling_factor")
+    packed: dict[str, np.ndarray[Any, Any]] = {FC: np.ones((88, 64), np.int8), scale: np.ones((176, 2), np.float32)}
+    change(out, **packed)
+    with pytest.raises(StageFailed):
+        verify(out)
+    replace_in_config(out, quantization={"quant_algo": "W4A16_AWQ"})
+    verify(out)
+    change(out, **{NORM: np.ones(63, np.float16)})
+    with pytest.raises(StageFailed, match=r"input_layernorm\.weight has shape \[63\] instead of \[64\]"):
+        verify(out)
