@@ -30,7 +30,6 @@ def own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "config"))
     monkeypatch.setenv("XDG_DATA_HOME", str(home / "data"))
     monkeypatch.setenv("HF_HOME", str(home / "hf"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("RECIPES_WORKSPACE", str(home / "workspace"))
     monkeypatch.chdir(home / "here")
     return home
@@ -112,8 +111,15 @@ def recipes() -> Recipes:
     """Runs `recipes` in a process of its own."""
 
     def run(*arguments: str | Path, stdin: str = "", timeout: float = 120) -> Ran:
+        environment = {"HF_HUB_OFFLINE": "1", **os.environ}
         done = subprocess.run(
-            command(*arguments), input=stdin, capture_output=True, text=True, timeout=timeout, check=False
+            command(*arguments),
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            env=environment,
         )
         return Ran(done.returncode, done.stdout, done.stderr)
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         StageFailed as StageFailed,
     )
     from .hookspecs import hookimpl as hookimpl
+    from .space import require_room as require_room
     from .tokenizer import Tokenizer as Tokenizer
     from .types import (
         Artifact as Artifact,
@@ -48,6 +49,7 @@ _HOME = {
     "RequestError": "errors",
     "StageFailed": "errors",
     "hookimpl": "hookspecs",
+    "require_room": "space",
     "Tokenizer": "tokenizer",
     "Artifact": "types",
     "Check": "types",

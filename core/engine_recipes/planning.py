@@ -14,6 +14,7 @@ from .keys import key_of
 from .refs import label
 from .registry import Engine, Entry, Family, Model, Option, Precision, Registry, StageEntry
 from .sources import Located
+from .space import human_bytes
 from .store import PLACES, Slot
 from .types import HF_CHECKPOINT, Provider, Ref, StageName, Value
 
@@ -366,15 +367,6 @@ def _within(version: str, wanted: str) -> bool:
     from packaging.specifiers import SpecifierSet
 
     return SpecifierSet(wanted).contains(version)
-
-
-def human_bytes(count: float) -> str:
-    """`1.5 GB`, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def synthesized(name: str, family: Entry, spec: str) -> Model:

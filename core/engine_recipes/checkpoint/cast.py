@@ -29,7 +29,7 @@ _OVERFLOW = {
     ("float32", "bfloat16"): 0x7F7F8000,
     ("bfloat16", "float16"): 0x4780,  # 65536
 }
-_TABLE_BLOCK = 1 << 16
+_TABLE_BLOCK = 1 << 17
 
 
 def largest_bits(array: Array) -> int:

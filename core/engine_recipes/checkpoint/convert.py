@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from .. import events
 from ..errors import MachineError, RequestError
+from ..space import require_room
 from . import safetensors
 from .cast import FLOATS, Finding, caster, examine
 from .config import config_json
@@ -37,7 +37,6 @@ _WORKERS = 2
 _AHEAD = 3  # blocks read or cast while one is written
 _WARNED = 5  # tensors with overflows that get a line of their own
 _SECONDS_BETWEEN_EVENTS = 0.1
-_MORE_SPACE = "free some space, or choose another disk with --workspace"
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def convert(
         raise RequestError(f"cannot convert to {dtype!r}", f"known: {', '.join(FLOATS)}")
     ranks = layout(source.decoder, tp_size, pp_size)
     total = sum(checkpoint_bytes(rank, dtype) for rank in ranks)
-    _check_disk(out, total)
+    require_room("stage 1", total, out)
     stats = ConvertStats()
     for number, specs in enumerate(ranks):
         _write_rank(source, out / f"rank{number}.safetensors", specs, dtype, stats, total)
@@ -109,15 +108,6 @@ def checkpoint_bytes(specs: Sequence[TensorSpec], dtype: str) -> int:
     """Bytes that the tensors of a rank take in an unquantised checkpoint, without the header."""
     width = {"float32": 4, "float16": 2, "bfloat16": 2}[dtype]
     return sum(math.prod(spec.shape) for spec in specs) * width
-
-
-def _check_disk(out: Path, need: int) -> None:
-    free = shutil.disk_usage(out).free
-    if free < need:
-        raise MachineError(
-            f"stage 1 needs {need / 1e9:.1f} GB under {out} and {free / 1e9:.1f} GB are free",
-            _MORE_SPACE,
-        )
 
 
 def _write_rank(
@@ -135,7 +125,8 @@ def _write_rank(
                     told = time.monotonic()
                     events.progress(f"writing {path.name}", stats.bytes, total, "B")
         except OSError as error:
-            raise MachineError(f"writing {path} failed: {error.strerror or error}", _MORE_SPACE) from error
+            hint = "free some disk space, or choose another place with --workspace"
+            raise MachineError(f"writing {path} failed: {error.strerror or error}", hint) from error
     stats.files += 1
     stats.tensors += len(specs)
     events.progress(f"writing {path.name}", min(stats.bytes, total), total, "B")

@@ -9,9 +9,10 @@ import click
 from .. import events, refs, runner
 from ..api import Setup, open_setup
 from ..errors import RecipesError
-from ..planning import STAGES, Plan, human_bytes, synthesized
+from ..planning import STAGES, Plan, synthesized
 from ..registry import Model
 from ..runner import Build, How
+from ..space import human_bytes
 from ..store import size_of
 from . import report
 from .common import (

@@ -9,8 +9,9 @@ import click
 
 from .. import planning, refs
 from ..api import Setup, open_setup
-from ..planning import Plan, human_bytes
+from ..planning import Plan
 from ..registry import Engine, Entry, Model, Precision
+from ..space import human_bytes
 from .common import complete_ref, json_option, place_options, print_json, print_table, read_settings, recipe_options
 
 

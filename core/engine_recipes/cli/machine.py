@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ import click
 
 from .. import __version__, planning
 from ..api import Setup, open_setup
-from ..planning import human_bytes
+from ..space import free_bytes, human_bytes
 from .common import json_option, place_options, print_json
 
 
@@ -62,8 +61,7 @@ def _disks(setup: Setup) -> Iterator[dict[str, Any]]:
     from ..sources.local import hub_cache
 
     for name, folder in (("workspace", setup.store.workspace), ("Hugging Face cache", hub_cache())):
-        existing = next(p for p in (folder, *folder.parents) if p.exists())
-        free = shutil.disk_usage(existing).free
+        free = free_bytes(folder)
         verdict, hint = ("ok", "") if free > 20e9 else ("warn", "a 7B model needs about 50 GB for all its stages")
         yield _check(name, verdict, f"{folder}, {human_bytes(free)} free", hint)
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ..events import Event
-from ..planning import human_bytes
+from ..space import human_bytes
 
 _NAMES = {"resolve": "resolve", "stage1": "stage 1", "stage2": "stage 2", "validate": "validate", "fetch": "fetch"}
 _EVERY = 5.0  # seconds between plain progress lines

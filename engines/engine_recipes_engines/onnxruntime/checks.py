@@ -5,9 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from engine_recipes import Check
-from engine_recipes.tokenizer import Tokenizer
-from engine_recipes.types import Verdict
+from engine_recipes import Check, Tokenizer, Verdict
 
 from .runtime import OnnxRuntime
 

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine_recipes import Decoder, StageContext, checkpoint
-from engine_recipes.tokenizer import Tokenizer
+from engine_recipes import Decoder, StageContext, Tokenizer, checkpoint
 
 from .graph import MODEL
 

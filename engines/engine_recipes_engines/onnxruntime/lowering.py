@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 
-from engine_recipes import MachineError, RequestError, events
+from engine_recipes import RequestError, events, require_room
 from engine_recipes.checkpoint import Checkpoint
 
 from .contrib import HEAD, ContribOps, is_tied
@@ -34,12 +33,7 @@ def lower(weights: Checkpoint, folder: Path, target: str = "cpu", max_seq_len: i
     positions = _positions(weights, max_seq_len)
     tied = is_tied(weights)
     total = _total_bytes(weights, compute, positions, tied)
-    free = shutil.disk_usage(folder).free
-    if free < total:
-        raise MachineError(
-            f"the engine needs {total / 1e9:.2f} GB in {folder}, {free / 1e9:.2f} GB are free",
-            "free some disk, or choose another place with --workspace",
-        )
+    require_room("the engine", total, folder)
     with Graph(folder, lambda done: events.progress("lowering", done, total, "B")) as graph:
         decode(ContribOps(graph, weights, compute, positions, tied))
         graph.save()

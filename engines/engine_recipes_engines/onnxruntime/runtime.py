@@ -232,7 +232,7 @@ def spin_microseconds() -> int:
     away from the thread that is waited for: measured there, 50 µs decode twice as fast as onnxruntime's default,
     which spins for a second, but 6 % slower on a quiet one.
     """
-    busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.75 * (os.cpu_count() or 1)
+    busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1)
     return 50 if busy else 1000
 
 
