@@ -1,6 +1,9 @@
 from __future__ import annotations
 
-from engine_recipes.facts import Facts, Gpu, distribution, parse_nvidia_smi, read
+from hypothesis import given, strategies as st
+from packaging.specifiers import SpecifierSet
+
+from engine_recipes.facts import Facts, Gpu, distribution, parse_nvidia_smi, read, within
 
 # Recorded on a machine with one H100 and driver 580.159.04.
 H100 = "NVIDIA H100 80GB HBM3, 9.0, 81559, 580.159.04\n"
@@ -34,3 +37,19 @@ def test_this_machine_can_be_read() -> None:
     assert set(facts.versions) == {"pluggy"}
     assert facts.cpus >= 1
     assert facts.memory_bytes > 0
+
+
+releases = st.lists(st.integers(0, 12), min_size=1, max_size=4).map(lambda numbers: ".".join(map(str, numbers)))
+
+
+@given(
+    releases,
+    st.sampled_from(["", "rc1", ".post1", ".dev3", "+cu130"]),
+    st.sampled_from([">=", "==", "<", "~="]),
+    releases,
+)
+def test_versions_compare_as_pep_440_says(release: str, suffix: str, sign: str, wanted: str) -> None:
+    if sign == "~=" and "." not in wanted:
+        wanted += ".0"
+    specifier = SpecifierSet(sign + wanted)
+    assert within(release + suffix, sign + wanted) == specifier.contains(release + suffix, prereleases=True)

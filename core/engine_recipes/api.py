@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import facts as machine, planning, refs, registry, sources
-from .decoder import architecture_of
 from .errors import MachineError, RequestError
 from .events import Event
 from .facts import Facts
@@ -74,6 +73,8 @@ class Setup:
             raise RequestError(f"there is no folder {ref.model}", "give a folder with config.json and *.safetensors")
         if located is None:
             raise MachineError(f"{ref.model} is not on this machine", f"run `recipes fetch {ref.model}`")
+        from .decoder import architecture_of
+
         family = self.registry.family_of(architecture_of(_config(located.folder)))
         return synthesized(ref.model, family, spec)
 

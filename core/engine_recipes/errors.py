@@ -11,7 +11,6 @@ RecipesError                what is wrong + what to do about it
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
 
 
 class RecipesError(Exception):
@@ -69,6 +68,8 @@ class Interrupted(RecipesError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint that names up to three close matches of `name`, or lists a few known names."""
+    from difflib import get_close_matches
+
     names = sorted(set(known))
     close = get_close_matches(name, names, n=3, cutoff=0.6) or [known for known in names if known.startswith(name)][:3]
     if close:

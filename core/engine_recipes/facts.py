@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -54,12 +55,20 @@ class Facts:
         return {name: self.versions[name] for name in sorted(names) if name in self.versions}
 
     def _has(self, requirement: str) -> bool:
-        from packaging.specifiers import SpecifierSet
-
         name = distribution(requirement)
         version = self.versions.get(name)
-        wanted = SpecifierSet(requirement.strip()[len(name) :])
-        return version is not None and wanted.contains(version, prereleases=True)
+        return version is not None and within(version, requirement.strip()[len(name) :])
+
+
+def within(version: str, wanted: str) -> bool:
+    """Whether a version meets a specifier such as `>=1.23,<2` (PEP 440); pre-releases count."""
+    lowest = re.fullmatch(r"\s*>=\s*(\d+(?:\.\d+)*)\s*", wanted)
+    if lowest and re.fullmatch(r"\d+(\.\d+)*", version):  # nearly always: no need to import a parser for `list`
+        have, need = ([int(n) for n in text.split(".")] for text in (version, lowest[1]))
+        return have + [0] * (len(need) - len(have)) >= need
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(wanted).contains(version, prereleases=True)
 
 
 def distribution(requirement: str) -> str:

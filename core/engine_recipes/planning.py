@@ -9,7 +9,7 @@ from typing import Any
 
 from . import __version__
 from .errors import MachineError, RequestError, did_you_mean
-from .facts import Facts
+from .facts import Facts, within
 from .keys import key_of
 from .refs import label
 from .registry import Engine, Entry, Family, Model, Option, Precision, Registry, StageEntry
@@ -154,7 +154,7 @@ def unsupported(precision: Precision, engine: Engine, target: str) -> tuple[str,
             f"give --target {engine.targets[0].replace('*', '89')} or another engine",
         )
     compute = _compute(target)
-    if compute and precision.needs.compute and not _within(compute, precision.needs.compute):
+    if compute and precision.needs.compute and not within(compute, precision.needs.compute):
         return (
             f"{precision.name} needs compute capability {precision.needs.compute}, {target} is {compute}",
             "choose another precision or --target",
@@ -361,12 +361,6 @@ def _compute(target: str) -> str:
     """`8.9` from `sm89`, `12.0` from `sm120`; nothing for a target that is no GPU."""
     digits = target.removeprefix("sm")
     return f"{digits[:-1]}.{digits[-1]}" if target != digits and len(digits) > 1 and digits.isdigit() else ""
-
-
-def _within(version: str, wanted: str) -> bool:
-    from packaging.specifiers import SpecifierSet
-
-    return SpecifierSet(wanted).contains(version)
 
 
 def synthesized(name: str, family: Entry, spec: str) -> Model:

@@ -64,7 +64,7 @@ class Needs:
     compute: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Entry:
     """What all kinds of entry share.
 
@@ -79,7 +79,7 @@ class Entry:
     origins: Mapping[str, Owner] = field(default_factory=dict, metadata={"toml": False})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Family(Entry):
     """Models that share a description. `architectures` are the class names of `config.json` it knows."""
 
@@ -87,7 +87,7 @@ class Family(Entry):
     architectures: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Model(Entry):
     """One model. `source` are the places its checkpoint may come from, in order of preference."""
 
@@ -97,7 +97,7 @@ class Model(Entry):
     license: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class StageEntry(Entry):
     """A precision or an engine: what it needs, what it takes and gives, and its options.
 
@@ -114,7 +114,7 @@ class StageEntry(Entry):
     options: Mapping[str, Option] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Precision(StageEntry):
     """What stage 1 does. `bits` are bits per weight of the linear layers, for size estimates."""
 
@@ -124,7 +124,7 @@ class Precision(StageEntry):
     needs: Needs = Needs()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Engine(StageEntry):
     """What stage 2 compiles to.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
-from difflib import get_close_matches
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -43,6 +42,8 @@ def structure(cls: type[T], table: Mapping[str, Any], path: str, errors: list[st
 
 def suggest(name: str, known: Any) -> str:
     """`; did you mean X?`, or nothing if no known name is near."""
+    from difflib import get_close_matches
+
     close = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 

@@ -148,6 +148,7 @@ class _Run:
         self._used = 0
         self._mask = np.ones((1, length), np.int64)
         self._last: Floats = np.empty((1, runtime.vocab_size), np.float32)
+        self._ids, self._out = np.empty((1, 0), np.int64), self._last
         self._cache = []
         shape = (1, runtime._heads, length, runtime._head_size)
         for layer in range(runtime._layers):
@@ -166,17 +167,23 @@ class _Run:
 
     def feed(self, ids: Sequence[int], out: Floats) -> None:
         """Run up to CHUNK tokens; `out` [L, vocabulary] gets the logits of the last L of them."""
+        if len(ids) != self._ids.shape[1] or out is not self._out:
+            self._bind(len(ids), out)
+        self._ids[0] = ids
+        self._used += len(ids)
+        self._binding.bind_cpu_input("attention_mask", self._mask[:, : self._used])
+        self._session.run_with_iobinding(self._binding)
+
+    def _bind(self, count: int, out: Floats) -> None:
+        """Bind what stays the same while steps of one size follow each other. onnxruntime refers to these arrays."""
         import numpy as np
         from onnxruntime import OrtValue
 
-        self._used += len(ids)
-        binding = self._binding
-        binding.bind_cpu_input("input_ids", np.array([ids], np.int64))
-        binding.bind_cpu_input("attention_mask", self._mask[:, : self._used])
+        self._ids, self._out = np.empty((1, count), np.int64), out
+        self._binding.bind_cpu_input("input_ids", self._ids)
         # not bind_cpu_input, which does not know optional inputs
-        binding.bind_ortvalue_input("first_logit", OrtValue.ortvalue_from_numpy(np.array([-len(out)], np.int64)))
-        binding.bind_output("logits", "cpu", 0, np.float32, (1, *out.shape), out.ctypes.data)
-        self._session.run_with_iobinding(binding)
+        self._binding.bind_ortvalue_input("first_logit", OrtValue.ortvalue_from_numpy(np.array([-len(out)], np.int64)))
+        self._binding.bind_output("logits", "cpu", 0, np.float32, (1, *out.shape), out.ctypes.data)
 
 
 def choose(logits: Floats, temperature: float, random: np.random.Generator) -> int:
