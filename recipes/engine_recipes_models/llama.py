@@ -1,4 +1,4 @@
-"""Llama and what shares its code in TensorRT-LLM (Mistral): no biases unless the config says so."""
+"""Llama: the common case, no biases unless the config says so."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine_recipes import Decoder, RequestError, from_hf, hookimpl
-
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 
 #: What TensorRT-LLM's LLaMAConfig writes beyond the keys of every decoder. Neutral values: plain Llama.
 CONFIG = {
@@ -27,22 +25,12 @@ CONFIG = {
 
 @hookimpl
 def resolve_checkpoint(config: Mapping[str, Any]) -> Decoder:
-    """Describe a Llama or Mistral checkpoint.
+    """Describe a Llama checkpoint.
 
     Raises:
-        RequestError: another architecture or activation, or a sliding window, which the checkpoint format drops.
+        RequestError: an activation that Llama does not have.
     """
     decoder = from_hf(config, config=CONFIG)
-    if decoder.architecture not in ARCHITECTURES:
-        raise RequestError(
-            f"{decoder.architecture} is no Llama",
-            f"this family knows {' and '.join(ARCHITECTURES)}",
-        )
     if decoder.activation != "silu":
         raise RequestError(f"hidden_act is {decoder.activation!r}", "Llama checkpoints with silu are supported")
-    if config.get("sliding_window") is not None:
-        raise RequestError(
-            f"the model attends to a sliding window of {config['sliding_window']} tokens",
-            "TensorRT-LLM's checkpoint has no place for it; only models that see all tokens are supported",
-        )
     return decoder

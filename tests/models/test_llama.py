@@ -28,18 +28,10 @@ def test_the_rope_settings_of_transformers_5() -> None:
     assert (decoder.rope_theta, decoder.rope_scaling) == (500000.0, None)
 
 
-def test_mistral_is_a_llama_unless_it_has_a_window() -> None:
-    config = tiny.config(architectures=["MistralForCausalLM"], sliding_window=None)
-    assert llama.resolve_checkpoint(config).architecture == "MistralForCausalLM"
-    with pytest.raises(RequestError, match="sliding window of 4096 tokens"):
-        llama.resolve_checkpoint({**config, "sliding_window": 4096})
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM is no Llama"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"already quantized \(quantization_config, fp8\)"),
         ({"num_local_experts": 8}, "num_local_experts = 8: a mixture of experts"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),

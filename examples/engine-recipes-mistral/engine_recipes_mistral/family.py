@@ -10,7 +10,6 @@ from engine_recipes import Decoder, RequestError, from_hf, hookimpl
 #: What NVIDIA's converter writes for LLaMA-type models beside the common keys, with the values of a dense model.
 CHECKPOINT_CONFIG: Mapping[str, Any] = {
     "residual_mlp": False,
-    "disable_weight_only_quant_plugin": False,
     "remove_duplicated_kv_heads": False,
     "fc_after_embed": False,
     "use_input_layernorm_in_first_layer": True,
