@@ -91,6 +91,12 @@ def test_a_missing_package_blocks_with_what_to_install(registry: Registry) -> No
     assert blocked.hint == "pip install 'engine-recipes[cpu]'"
 
 
+def test_what_only_a_gpu_needs_is_named_by_itself(registry: Registry) -> None:
+    blocked = plan(registry, target="sm89").blocked
+    assert blocked is not None
+    assert blocked.hint == "pip install 'onnxruntime-gpu>=1.23'"
+
+
 @pytest.mark.parametrize(
     ("text", "more", "message"),
     [

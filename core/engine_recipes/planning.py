@@ -174,7 +174,8 @@ def lacking(precision: Precision, engine: Engine, target: str, facts: Facts) -> 
     for entry, requires in ((precision, precision.requires), (engine, requirements(engine, target))):
         missing = facts.missing(requires)
         if missing:
-            hint = entry.install or f"pip install {' '.join(repr(m) for m in missing)}"
+            hint = entry.install if set(missing) <= set(facts.missing(entry.requires)) else ""
+            hint = hint or f"pip install {' '.join(repr(m) for m in missing)}"
             return MachineError(f"{entry.name} needs {', '.join(missing)}, not installed here", hint)
     return None
 

@@ -5,10 +5,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
 from engine_recipes.checkpoint.cast import FLOATS, caster, examine, largest_bits
 
-torch = pytest.importorskip("torch")
 Array = np.ndarray[Any, np.dtype[Any]]
 
 

@@ -77,8 +77,9 @@ def test_reads_what_others_write(tmp_path: Path) -> None:
 
 
 def test_others_read_what_it_writes(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    load_file = pytest.importorskip("safetensors.torch").load_file
+    import torch
+    from safetensors.torch import load_file
+
     path = tmp_path / "x.safetensors"
     values = np.arange(12, dtype=np.float32).reshape(3, 4)
     data = [[values[:1].tobytes(), values[1:].tobytes()], [b"\0\x40\x80\x3f"]]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from .. import events
 from ..errors import MachineError, RequestError
+from ..facts import cpus
 from ..space import require_room
 from . import safetensors
 from .cast import FLOATS, Finding, caster, examine
@@ -33,8 +34,7 @@ Dtype = Literal["float16", "bfloat16", "float32"]
 
 #: Most source bytes of a block (a single row may be longer). Measured: 1 to 16 MiB are within 20 %, 2 MiB is best.
 BLOCK_BYTES = 2 << 20
-_WORKERS = 2
-_AHEAD = 3  # blocks read or cast while one is written
+_MOST_WORKERS = 4  # casting bfloat16 to float16 costs two to three times the CPU time of writing it
 _WARNED = 5  # tensors with overflows that get a line of their own
 _SECONDS_BETWEEN_EVENTS = 0.1
 
@@ -115,8 +115,9 @@ def _write_rank(
 ) -> None:
     tensors = {spec.name: (dtype, spec.shape) for spec in specs}
     before, told = stats.bytes, 0.0
-    with ThreadPoolExecutor(_WORKERS, "convert") as pool:
-        stream = _cast_ahead(source, specs, dtype, pool, stats)
+    workers = max(2, min(_MOST_WORKERS, cpus()))
+    with ThreadPoolExecutor(workers, "convert") as pool:
+        stream = _cast_ahead(source, specs, dtype, pool, workers + 1, stats)
         data = ((array for _, array in group) for _, group in groupby(stream, lambda item: item[0].name))
         try:
             for position in safetensors.write(path, tensors, data):
@@ -133,9 +134,14 @@ def _write_rank(
 
 
 def _cast_ahead(
-    source: SourceCheckpoint, specs: Sequence[TensorSpec], dtype: str, pool: ThreadPoolExecutor, stats: ConvertStats
+    source: SourceCheckpoint,
+    specs: Sequence[TensorSpec],
+    dtype: str,
+    pool: ThreadPoolExecutor,
+    ahead: int,
+    stats: ConvertStats,
 ) -> Iterator[tuple[TensorSpec, Array]]:
-    """Yield the blocks of a rank in file order as bytes, while threads read and cast the next few.
+    """Yield the blocks of a rank in file order as bytes, while threads read and cast the next `ahead`.
 
     A block's source pages are forgotten when the next is asked for, so the caller has written it by then.
     """
@@ -153,7 +159,7 @@ def _cast_ahead(
 
     for block in blocks(source, specs, dtype):
         waiting.append((block, pool.submit(_cast, source, block, dtype)))
-        if len(waiting) > _AHEAD:
+        if len(waiting) > ahead:
             yield from finish()
     while waiting:
         yield from finish()

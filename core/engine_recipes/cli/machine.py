@@ -48,7 +48,7 @@ def diagnose(setup: Setup) -> Iterator[dict[str, Any]]:
         found = ", ".join(f"{name} {version}" for name, version in facts.tools(entry.requires).items())
         kind = "engine" if entry.name in setup.registry.engines.entries else "precision"
         if missing:
-            hint = entry.install or f"pip install {' '.join(missing)}"
+            hint = entry.install or f"pip install {' '.join(repr(m) for m in missing)}"
             yield _check(f"{kind} {entry.name}", "missing", f"needs {', '.join(missing)}", hint)
         else:
             yield _check(f"{kind} {entry.name}", "ok", found or "needs nothing more")
@@ -72,7 +72,7 @@ def _gpu_targets(setup: Setup) -> Iterator[dict[str, Any]]:
     for engine in setup.registry.engines.entries.values() if facts.gpus else ():
         missing = facts.missing(planning.requirements(engine, facts.target))
         if missing and not facts.missing(engine.requires):
-            hint = f"pip install {' '.join(missing)}"
+            hint = f"pip install {' '.join(repr(m) for m in missing)}"
             yield _check(f"{engine.name} on {facts.target}", "missing", f"needs {', '.join(missing)}", hint)
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     Floats = np.ndarray[Any, np.dtype[np.float32]]
+    Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}
 #: Tokens a run takes at most: attention scores need heads × CHUNK × cache × 4 bytes at once.
@@ -171,19 +172,22 @@ class _Run:
             self._bind(len(ids), out)
         self._ids[0] = ids
         self._used += len(ids)
-        self._binding.bind_cpu_input("attention_mask", self._mask[:, : self._used])
+        self._input("attention_mask", self._mask[:, : self._used])
         self._session.run_with_iobinding(self._binding)
 
     def _bind(self, count: int, out: Floats) -> None:
-        """Bind what stays the same while steps of one size follow each other. onnxruntime refers to these arrays."""
+        """Bind what stays the same while steps of one size follow each other."""
         import numpy as np
-        from onnxruntime import OrtValue
 
         self._ids, self._out = np.empty((1, count), np.int64), out
-        self._binding.bind_cpu_input("input_ids", self._ids)
-        # not bind_cpu_input, which does not know optional inputs
-        self._binding.bind_ortvalue_input("first_logit", OrtValue.ortvalue_from_numpy(np.array([-len(out)], np.int64)))
+        self._first = np.array([-len(out)], np.int64)
+        self._input("input_ids", self._ids)
+        self._input("first_logit", self._first)
         self._binding.bind_output("logits", "cpu", 0, np.float32, (1, *out.shape), out.ctypes.data)
+
+    def _input(self, name: str, array: Integers) -> None:
+        # by address: bind_cpu_input copies in some versions, and knows no optional inputs
+        self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
 
 def choose(logits: Floats, temperature: float, random: np.random.Generator) -> int:
