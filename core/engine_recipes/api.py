@@ -9,17 +9,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import facts as machine, planning, refs, registry, sources
+from . import availability, facts as machine, refs, registry, sources
 from .errors import MachineError, RequestError
 from .events import Event
 from .facts import Facts
-from .planning import Plan, synthesized
 from .registry import Model, Registry
 from .sources import Located
 from .store import Store, default_workspace, read_manifest
 from .types import Provider, Ref, Runtime
 
 if TYPE_CHECKING:
+    from .planning import Plan
     from .runner import Build, How
     from .tokenizer import Tokenizer
 
@@ -76,7 +76,7 @@ class Setup:
         from .decoder import architecture_of
 
         family = self.registry.family_of(architecture_of(_config(located.folder)))
-        return synthesized(ref.model, family, spec)
+        return Model(name=ref.model, owner=family.owner, family=family.name, source=(spec,))
 
     def plan(
         self,
@@ -93,6 +93,8 @@ class Setup:
                 raise RequestError(f"{text} names engine {ref.engine}, --engine says {engine}", "name one of them")
             ref = Ref(ref.model, ref.precision, engine)
         model = self.model(ref)
+        from . import planning
+
         return planning.make(
             ref, self.registry, self.facts, model, self.locate(model), target=target, settings=settings
         )
@@ -188,13 +190,13 @@ def load(ref: str | Plan, *, workspace: str | Path | None = None, **choices: Any
         MachineError: it is not built, or its engine's packages are missing.
     """
     setup = open_setup(workspace)
-    return load_plan(setup, ref if isinstance(ref, Plan) else setup.plan(ref, **choices))
+    return load_plan(setup, setup.plan(ref, **choices) if isinstance(ref, str) else ref)
 
 
 def load_plan(setup: Setup, chosen: Plan, options: Mapping[str, Any] | None = None) -> Loaded:
     """Load the engine of a plan."""
     folder = setup.engine(chosen)
-    missing = setup.facts.missing(planning.requirements(chosen.engine, chosen.target))
+    missing = setup.facts.missing(availability.requirements(chosen.engine, chosen.target))
     if missing:
         raise MachineError(
             f"{chosen.engine.name} needs {', '.join(missing)}, not installed here", chosen.engine.install

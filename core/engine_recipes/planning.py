@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import Any
 
 from . import __version__
+from .availability import default_engine, default_target, lacking, not_fetched, requirements, unsupported
 from .errors import MachineError, RequestError, did_you_mean
-from .facts import Facts, within
+from .facts import Facts
 from .keys import key_of
 from .refs import label
-from .registry import Engine, Entry, Family, Model, Option, Precision, Registry, StageEntry
+from .registry import Engine, Family, Model, Option, Precision, Registry, StageEntry
 from .sources import Located
-from .space import human_bytes
 from .store import PLACES, Slot
 from .types import HF_CHECKPOINT, Provider, Ref, StageName, Value
 
@@ -112,7 +111,7 @@ def make(
     """
     family = registry.families[model.family]
     precision = registry.precisions[ref.precision or registry.defaults.precision]
-    engine = registry.engines[ref.engine or _default_engine(registry, precision, facts, target)]
+    engine = registry.engines[ref.engine or default_engine(registry, precision, facts, target)]
     where = target or default_target(engine, facts)
     reason, hint = unsupported(precision, engine, where)
     if reason:
@@ -137,86 +136,8 @@ def make(
         located=located,
         stages=stages.all(),
         chosen=tuple(chosen),
-        blocked=blocked(model, precision, engine, where, facts, located),
+        blocked=lacking(precision, engine, where, facts) or (not_fetched(model) if located is None else None),
     )
-
-
-def unsupported(precision: Precision, engine: Engine, target: str) -> tuple[str, str]:
-    """Why this pair can never work, and what would; two empty strings if it can."""
-    if precision.gives not in engine.takes:
-        takes = " or ".join(engine.takes)
-        return f"{engine.name} takes {takes}, {precision.name} gives {precision.gives}", "choose another engine"
-    if HF_CHECKPOINT not in precision.takes:
-        return f"{precision.name} takes {' or '.join(precision.takes)}", "choose another precision"
-    if not any(fnmatch(target, pattern) for pattern in engine.targets):
-        return (
-            f"{engine.name} builds for {', '.join(engine.targets)}, not {target}",
-            f"give --target {engine.targets[0].replace('*', '89')} or another engine",
-        )
-    compute = _compute(target)
-    if compute and precision.needs.compute and not within(compute, precision.needs.compute):
-        return (
-            f"{precision.name} needs compute capability {precision.needs.compute}, {target} is {compute}",
-            "choose another precision or --target",
-        )
-    return "", ""
-
-
-def blocked(
-    model: Model, precision: Precision, engine: Engine, target: str, facts: Facts, located: Located | None
-) -> MachineError | None:
-    """Why this machine cannot build it now; None if it can."""
-    return lacking(precision, engine, target, facts) or (not_fetched(model) if located is None else None)
-
-
-def lacking(precision: Precision, engine: Engine, target: str, facts: Facts) -> MachineError | None:
-    """What has to be installed before this pair can be built here; None if nothing has."""
-    for entry, requires in ((precision, precision.requires), (engine, requirements(engine, target))):
-        missing = facts.missing(requires)
-        if missing:
-            hint = entry.install if set(missing) <= set(facts.missing(entry.requires)) else ""
-            hint = hint or f"pip install {' '.join(repr(m) for m in missing)}"
-            return MachineError(f"{entry.name} needs {', '.join(missing)}, not installed here", hint)
-    return None
-
-
-def not_fetched(model: Model) -> MachineError:
-    """That the checkpoint has to be fetched first, and how much that is."""
-    size = f" (about {human_bytes(model.parameters * 2)})" if model.parameters else ""
-    return MachineError(
-        f"the checkpoint of {model.name} is not on this machine",
-        f"run `recipes fetch {model.name}`{size}, or build with --fetch",
-    )
-
-
-def requirements(engine: Engine, target: str) -> tuple[str, ...]:
-    """What an engine needs for a target."""
-    more = (r for pattern, rs in engine.target_requires.items() if fnmatch(target, pattern) for r in rs)
-    return (*engine.requires, *more)
-
-
-def default_target(engine: Engine, facts: Facts) -> str:
-    """This machine's GPU if the engine builds for it and has what it needs for that, else the CPU, else the GPU."""
-    for candidate in (facts.target, "cpu"):
-        fits = any(fnmatch(candidate, pattern) for pattern in engine.targets)
-        if fits and not facts.missing(requirements(engine, candidate)):
-            return candidate
-    return "cpu" if "cpu" in engine.targets else facts.target
-
-
-def _default_engine(registry: Registry, precision: Precision, facts: Facts, target: str | None) -> str:
-    names = [n for n in registry.defaults.engines if n in registry.engines.entries]
-    possible = []
-    for name in names:
-        engine = registry.engines[name]
-        where = target or default_target(engine, facts)
-        if not unsupported(precision, engine, where)[0]:
-            possible.append(name)
-            if not facts.missing(requirements(engine, where)):
-                return name
-    if possible or names:
-        return (possible or names)[0]
-    raise RequestError("no engine is installed", "name one with @ENGINE, or install a package that adds one")
 
 
 @dataclass(frozen=True)
@@ -356,14 +277,3 @@ def _checked(key: str, option: Option, value: Value) -> Value:
         if option.max is not None and value > option.max:
             raise RequestError(f"{key} = {value}: must be at most {option.max:g}", hint)
     return value
-
-
-def _compute(target: str) -> str:
-    """`8.9` from `sm89`, `12.0` from `sm120`; nothing for a target that is no GPU."""
-    digits = target.removeprefix("sm")
-    return f"{digits[:-1]}.{digits[-1]}" if target != digits and len(digits) > 1 and digits.isdigit() else ""
-
-
-def synthesized(name: str, family: Entry, spec: str) -> Model:
-    """An entry for a model that no registry lists: a folder or a Hub id."""
-    return Model(name=name, owner=family.owner, family=family.name, source=(spec,))

@@ -34,7 +34,7 @@ Dtype = Literal["float16", "bfloat16", "float32"]
 
 #: Most source bytes of a block (a single row may be longer). Measured: 1 to 16 MiB are within 20 %, 2 MiB is best.
 BLOCK_BYTES = 2 << 20
-_MOST_WORKERS = 4  # casting bfloat16 to float16 costs two to three times the CPU time of writing it
+_MOST_WORKERS = 4  # casting bfloat16 to float16 costs more CPU time than writing it
 _WARNED = 5  # tensors with overflows that get a line of their own
 _SECONDS_BETWEEN_EVENTS = 0.1
 

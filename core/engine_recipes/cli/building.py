@@ -9,7 +9,7 @@ import click
 from .. import events, refs, runner
 from ..api import Setup, open_setup
 from ..errors import RecipesError
-from ..planning import STAGES, Plan, synthesized
+from ..planning import STAGES, Plan
 from ..registry import Model
 from ..runner import Build, How
 from ..space import human_bytes
@@ -53,7 +53,7 @@ def fetch_command(
 def _to_fetch(setup: Setup, name: str) -> Model:
     """The entry to fetch. A Hub id needs none: its family is found when it is here."""
     if refs.is_hub_id(name):
-        return synthesized(name, next(iter(setup.registry.families.entries.values())), f"hf:{name}")
+        return Model(name=name, family="", source=(f"hf:{name}",))
     if refs.is_folder(name):
         return setup.model(refs.parse(name))
     return setup.registry.models[name]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import planning, refs
+from .. import availability, refs
 from ..api import Setup, open_setup
-from ..planning import Plan
 from ..registry import Engine, Entry, Model, Precision
 from ..space import human_bytes
 from .common import complete_ref, json_option, place_options, print_json, print_table, read_settings, recipe_options
+
+if TYPE_CHECKING:
+    from ..planning import Plan
 
 
 @click.command("list")
@@ -71,9 +73,9 @@ def _pairs(setup: Setup) -> Iterator[tuple[Precision, Engine, str, str, str]]:
     """Precision, engine, target, status, reason: what holds for every model."""
     for precision in setup.registry.precisions.entries.values():
         for engine in setup.registry.engines.entries.values():
-            target = planning.default_target(engine, setup.facts)
-            reason, _ = planning.unsupported(precision, engine, target)
-            lacking = planning.lacking(precision, engine, target, setup.facts)
+            target = availability.default_target(engine, setup.facts)
+            reason, _ = availability.unsupported(precision, engine, target)
+            lacking = availability.lacking(precision, engine, target, setup.facts)
             if reason:
                 yield precision, engine, target, "unsupported", reason
             elif lacking:
@@ -143,9 +145,11 @@ def show_command(
 
 def describe(setup: Setup, plan: Plan) -> dict[str, Any]:
     """What `show` prints."""
-    requires = [*plan.precision.requires, *planning.requirements(plan.engine, plan.target)]
+    from ..planning import PREFIXES
+
+    requires = [*plan.precision.requires, *availability.requirements(plan.engine, plan.target)]
     settings = [
-        {"key": planning.PREFIXES[stage.name] + name, "value": s.value, "origin": s.origin, "help": s.help}
+        {"key": PREFIXES[stage.name] + name, "value": s.value, "origin": s.origin, "help": s.help}
         for stage in plan.stages
         for name, s in stage.settings.items()
     ]

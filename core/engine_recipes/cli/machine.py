@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .. import __version__, planning
+from .. import __version__, availability
 from ..api import Setup, open_setup
 from ..space import free_bytes, human_bytes
 from .common import json_option, place_options, print_json
@@ -70,7 +70,7 @@ def _gpu_targets(setup: Setup) -> Iterator[dict[str, Any]]:
     """Engines that would use this machine's GPU if one more package were there."""
     facts = setup.facts
     for engine in setup.registry.engines.entries.values() if facts.gpus else ():
-        missing = facts.missing(planning.requirements(engine, facts.target))
+        missing = facts.missing(availability.requirements(engine, facts.target))
         if missing and not facts.missing(engine.requires):
             hint = f"pip install {' '.join(repr(m) for m in missing)}"
             yield _check(f"{engine.name} on {facts.target}", "missing", f"needs {', '.join(missing)}", hint)
