@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .config import config_json, decoder_from_config
-from .convert import ConvertStats, checkpoint_bytes, convert
+from .convert import ConvertStats, Dtype, checkpoint_bytes, convert
 from .layout import Piece, TensorSpec, check_split, layout, source_shapes, stage_layers
 from .reader import Checkpoint, open_checkpoint
 from .source import SourceCheckpoint, expect_tensors, open_source, source_tensors
@@ -12,6 +12,7 @@ from .verify import verify
 __all__ = [
     "Checkpoint",
     "ConvertStats",
+    "Dtype",
     "Piece",
     "SourceCheckpoint",
     "TensorSpec",

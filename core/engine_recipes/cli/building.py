@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from .. import events, refs, runner
-from ..api import Setup, open_setup
+from ..api import Setup
 from ..errors import RecipesError
 from ..planning import STAGES, Plan
 from ..registry import Model
@@ -22,7 +22,6 @@ from .common import (
     place_options,
     print_json,
     quiet_option,
-    read_settings,
     recipe_options,
     verbose_option,
     yes_option,
@@ -36,11 +35,8 @@ from .progress import Lines, reporter
 @quiet_option
 @yes_option
 @place_options
-def fetch_command(
-    model: str, as_json: bool, quiet: bool, yes: bool, workspace: str | None, project: str | None
-) -> None:
+def fetch_command(model: str, as_json: bool, quiet: bool, yes: bool, setup: Setup) -> None:
     """Download a model's checkpoint: says how much, asks, resumes, verifies."""
-    setup = open_setup(workspace, project)
     ref = setup.registry.expand(refs.parse(model))
     located = fetch(setup, _to_fetch(setup, ref.model), yes, quiet)
     if as_json:
@@ -77,18 +73,9 @@ def fetch(setup: Setup, model: Model, yes: bool, quiet: bool) -> Any:
 @click.argument("ref", shell_complete=complete_ref)
 @json_option
 @recipe_options
-def plan_command(
-    ref: str,
-    as_json: bool,
-    engine: str | None,
-    target: str | None,
-    settings: tuple[str, ...],
-    workspace: str | None,
-    project: str | None,
-) -> None:
+def plan_command(ref: str, as_json: bool, setup: Setup, choices: dict[str, Any]) -> None:
     """The stages and keys that build would run, what is there already, and what is missing. Changes nothing."""
-    setup = open_setup(workspace, project)
-    plan = setup.plan(ref, engine=engine, target=target, settings=read_settings(settings))
+    plan = setup.plan(ref, **choices)
     rows = planned(setup, plan)
     if as_json:
         print_json({"schema": 1, "ref": str(plan.ref), "target": plan.target, "stages": rows})
@@ -154,19 +141,14 @@ def build_command(
     quiet: bool,
     verbose: bool,
     yes: bool,
-    engine: str | None,
-    target: str | None,
-    settings: tuple[str, ...],
-    workspace: str | None,
-    project: str | None,
+    setup: Setup,
+    choices: dict[str, Any],
 ) -> None:
     """Build engines: resolve, stage 1, stage 2, validate. What is there already is reused."""
     if until and no_validate:
         raise click.UsageError("--until stops before validation anyway\nleave out --no-validate")
-    setup = open_setup(workspace, project)
-    chosen = {"engine": engine, "target": target, "settings": read_settings(settings)}
     how = How(until or STAGES[-1], not no_validate, force)
-    plans = _plans(setup, references, chosen, may_fetch, yes, quiet)
+    plans = _plans(setup, references, choices, may_fetch, yes, quiet)
     builds = []
     try:
         with reporter(quiet, verbose) as lines:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
 from typing import Any, TypeVar
 
 import click
 
+from ..api import open_setup
 from ..errors import RequestError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -34,25 +36,40 @@ def complete_engine(ctx: click.Context, param: click.Parameter, incomplete: str)
     return [name for name in load().engines.entries if name.startswith(incomplete)]
 
 
-def place_options(function: F) -> F:
-    """`--workspace` and `--registry`."""
-    for option in (
-        click.option("--registry", "project", type=click.Path(dir_okay=False), help="a project's registry.toml"),
+def place_options(function: F) -> Any:
+    """`--workspace` and `--registry`; the command gets them as `setup`."""
+
+    @wraps(function)
+    def command(*arguments: Any, workspace: str | None, project: str | None, **more: Any) -> Any:
+        return function(*arguments, setup=open_setup(workspace, project), **more)
+
+    return _with_options(
+        command,
         click.option("--workspace", metavar="DIR", type=click.Path(file_okay=False), help="where builds are kept"),
-    ):
+        click.option("--registry", "project", type=click.Path(dir_okay=False), help="a project's registry.toml"),
+    )
+
+
+def recipe_options(function: F) -> Any:
+    """Options that choose what is built; the command gets them as `choices` for `setup.plan`, and `setup`."""
+
+    @wraps(function)
+    def command(*arguments: Any, engine: str | None, target: str | None, settings: tuple[str, ...], **more: Any) -> Any:
+        choices = {"engine": engine, "target": target, "settings": read_settings(settings)}
+        return function(*arguments, choices=choices, **more)
+
+    return _with_options(
+        place_options(command),
+        click.option("--engine", metavar="NAME", shell_complete=complete_engine, help="as @ENGINE in the reference"),
+        click.option("--target", metavar="NAME", help="cpu, sm89 …; default: this machine"),
+        click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, help="an option of the recipe"),
+    )
+
+
+def _with_options(function: Callable[..., Any], *options: Callable[[Any], Any]) -> Any:
+    for option in reversed(options):
         function = option(function)
     return function
-
-
-def recipe_options(function: F) -> F:
-    """Options that choose what is built, with `place_options`."""
-    for option in (
-        click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, help="an option of the recipe"),
-        click.option("--target", metavar="NAME", help="cpu, sm89 …; default: this machine"),
-        click.option("--engine", metavar="NAME", shell_complete=complete_engine, help="as @ENGINE in the reference"),
-    ):
-        function = option(function)
-    return place_options(function)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="one JSON document on stdout")

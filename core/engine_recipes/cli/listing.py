@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import availability, refs
-from ..api import Setup, open_setup
+from ..api import Setup
 from ..registry import Engine, Entry, Model, Precision
 from ..space import human_bytes
-from .common import complete_ref, json_option, place_options, print_json, print_table, read_settings, recipe_options
+from .common import complete_ref, json_option, place_options, print_json, print_table, recipe_options
 
 if TYPE_CHECKING:
     from ..planning import Plan
@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 @click.option("--ready", is_flag=True, help="only what can be built here and now")
 @json_option
 @place_options
-def list_command(model: str | None, ready: bool, as_json: bool, workspace: str | None, project: str | None) -> None:
+def list_command(model: str | None, ready: bool, as_json: bool, setup: Setup) -> None:
     """Every model × precision × engine, whether it can be built here, and if not, why."""
-    setup = open_setup(workspace, project)
     rows = [
         row
         for row in recipes(setup)
@@ -109,18 +108,9 @@ def _owners(*entries: Entry) -> str:
 @click.argument("ref", shell_complete=complete_ref)
 @json_option
 @recipe_options
-def show_command(
-    ref: str,
-    as_json: bool,
-    engine: str | None,
-    target: str | None,
-    settings: tuple[str, ...],
-    workspace: str | None,
-    project: str | None,
-) -> None:
+def show_command(ref: str, as_json: bool, setup: Setup, choices: dict[str, Any]) -> None:
     """One recipe: source and revision, every setting and where it came from, what it needs, sizes expected."""
-    setup = open_setup(workspace, project)
-    plan = setup.plan(ref, engine=engine, target=target, settings=read_settings(settings))
+    plan = setup.plan(ref, **choices)
     data = describe(setup, plan)
     if as_json:
         print_json({"schema": 1, **data})
@@ -192,9 +182,8 @@ def sizes(model: Model, precision: Precision, engine: Engine) -> dict[str, int]:
 @click.command("plugins")
 @json_option
 @place_options
-def plugins_command(as_json: bool, workspace: str | None, project: str | None) -> None:
+def plugins_command(as_json: bool, setup: Setup) -> None:
     """Installed packages and what each adds."""
-    setup = open_setup(workspace, project)
     registry = setup.registry
     rows = []
     for owner in registry.owners:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .. import __version__, availability
-from ..api import Setup, open_setup
+from ..api import Setup
 from ..space import free_bytes, human_bytes
 from .common import json_option, place_options, print_json
 
@@ -17,9 +17,9 @@ from .common import json_option, place_options, print_json
 @click.command("doctor")
 @json_option
 @place_options
-def doctor_command(as_json: bool, workspace: str | None, project: str | None) -> None:
+def doctor_command(as_json: bool, setup: Setup) -> None:
     """This machine: GPU, disk, memory, versions; what can be built here and what to install for the rest."""
-    checks = list(diagnose(open_setup(workspace, project)))
+    checks = list(diagnose(setup))
     if as_json:
         print_json({"schema": 1, "checks": checks})
         return

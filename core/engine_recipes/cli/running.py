@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import click
 
-from ..api import Loaded, load_plan, open_setup
+from ..api import Loaded, Setup, load_plan
 from ..types import Sampling
-from .common import complete_ref, json_option, print_json, quiet_option, read_settings, recipe_options
+from .common import complete_ref, json_option, print_json, quiet_option, recipe_options
 
 
 @click.command("run")
@@ -31,15 +32,11 @@ def run_command(
     raw: bool,
     as_json: bool,
     quiet: bool,
-    engine: str | None,
-    target: str | None,
-    settings: tuple[str, ...],
-    workspace: str | None,
-    project: str | None,
+    setup: Setup,
+    choices: dict[str, Any],
 ) -> None:
     """Generate text with a built engine."""
-    setup = open_setup(workspace, project)
-    plan = setup.plan(ref, engine=engine, target=target, settings=read_settings(settings))
+    plan = setup.plan(ref, **choices)
     started = time.monotonic()
     loaded = load_plan(setup, plan)
     seconds = time.monotonic() - started

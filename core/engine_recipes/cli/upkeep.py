@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .. import gate
-from ..api import Setup, open_setup
+from ..api import Setup
 from ..errors import RequestError, did_you_mean
 from ..space import human_bytes
 from ..store import Store, size_of
@@ -19,9 +19,9 @@ from .common import confirm, json_option, place_options, print_json, print_table
 @click.command("engines")
 @json_option
 @place_options
-def engines_command(as_json: bool, workspace: str | None, project: str | None) -> None:
+def engines_command(as_json: bool, setup: Setup) -> None:
     """What has been built, with its verdict. A star marks what the plain name points to."""
-    store = open_setup(workspace, project).store
+    store = setup.store
     rows = [_row(store, folder, manifest) for folder, manifest in store.artifacts("engines")]
     if as_json:
         print_json({"schema": 1, "workspace": str(store.workspace), "engines": rows})
@@ -67,9 +67,9 @@ def _row(store: Store, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]
 @click.argument("name")
 @yes_option
 @place_options
-def rm_command(name: str, yes: bool, workspace: str | None, project: str | None) -> None:
+def rm_command(name: str, yes: bool, setup: Setup) -> None:
     """Remove one engine, by its folder name as `recipes engines` shows it, or by the plain name."""
-    store = open_setup(workspace, project).store
+    store = setup.store
     folders = {folder.name: folder for folder, _ in store.artifacts("engines")}
     folder = folders.get(name) or folders.get((store.workspace / "engines" / name).resolve().name)
     if folder is None:
@@ -111,9 +111,8 @@ def _remove(folder: Path) -> None:
 @json_option
 @yes_option
 @place_options
-def gc_command(dry_run: bool, as_json: bool, yes: bool, workspace: str | None, project: str | None) -> None:
+def gc_command(dry_run: bool, as_json: bool, yes: bool, setup: Setup) -> None:
     """Remove incomplete folders, and checkpoints and sources that no engine was built from."""
-    setup = open_setup(workspace, project)
     doomed = unreferenced(setup)
     total = sum(size for _, size in doomed)
     if not as_json:

@@ -89,14 +89,7 @@ class OnnxRuntime:
         Raises:
             RequestError: as for `generate`.
         """
-        import numpy as np
-
-        self._check(ids)
-        run = _Run(self, len(ids))
-        found = np.empty((len(ids), self.vocab_size), np.float32)
-        for start in range(0, len(ids), CHUNK):
-            run.feed(ids[start : start + CHUNK], found[start : start + CHUNK])
-        return found
+        return self._all_logits(ids, CHUNK)
 
     def stepwise_logits(self, ids: Sequence[int]) -> Floats:
         """As `logits`, but through the cache, one token at a time: the way `generate` works.
@@ -104,13 +97,16 @@ class OnnxRuntime:
         Raises:
             RequestError: as for `generate`.
         """
+        return self._all_logits(ids, 1)
+
+    def _all_logits(self, ids: Sequence[int], step: int) -> Floats:
         import numpy as np
 
         self._check(ids)
         run = _Run(self, len(ids))
         found = np.empty((len(ids), self.vocab_size), np.float32)
-        for i, token in enumerate(ids):
-            run.feed([token], found[i : i + 1])
+        for start in range(0, len(ids), step):
+            run.feed(ids[start : start + step], found[start : start + step])
         return found
 
     def close(self) -> None:
