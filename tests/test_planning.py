@@ -14,7 +14,7 @@ from engine_recipes.sources import Located, parse
 
 ADA = Gpu("RTX 6000 Ada", "8.9", 48 << 30, "580.1")
 CPU = Facts(versions={"numpy": "2.4", "ml-dtypes": "0.6", "onnx": "1.23", "onnxruntime": "1.31", "tokenizers": "0.23"})
-CPU = replace(CPU, versions={**CPU.versions, "jinja2": "3.1"})
+CPU = replace(CPU, versions={**CPU.versions, "jinja2": "3.1.6"})
 HERE = Located(parse("hf:HuggingFaceTB/SmolLM2-135M-Instruct"), Path("/hf/snapshot"), "c" * 40)
 
 

@@ -31,8 +31,23 @@ def test_models_may_be_names_folders_or_hub_ids(text: str, expected: Ref) -> Non
 
 @pytest.mark.parametrize("text", ["", ":fp8", "@x", "model:", "model@", "model:FP8", "Model", "a b", "a/b/c"])
 def test_nonsense_is_refused_with_the_form(text: str) -> None:
-    with pytest.raises(RequestError, match=r"MODEL\[:PRECISION\]\[@ENGINE\]"):
+    with pytest.raises(RequestError, match=r"MODEL\[:PRECISION\]\[@ENGINE\]|did you mean"):
         parse(text)
+
+
+def test_a_path_may_hold_the_signs() -> None:
+    assert parse("./a:b@C d:fp16") == Ref("./a:b@C d", "fp16")
+    assert parse("./a@B") == Ref("./a@B")
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [("smollm2:FP16", "did you mean smollm2:fp16?"), ("SmolLM2", "did you mean smollm2?"), ("x ", "did you mean x?")],
+)
+def test_names_are_lower_case_and_the_hint_says_so(text: str, hint: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse(text)
+    assert caught.value.hint == hint
 
 
 def test_labels_are_fit_for_folder_names(own_world: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,10 +30,17 @@ def _ignore(event: Event) -> None:
 
 @dataclass(frozen=True)
 class Setup:
-    """A registry, a machine and a workspace: everything a command works on. Reads each of them when first used."""
+    """A registry, a machine and a workspace: everything a command works on. Reads each of them when first used.
+
+    Attributes:
+        workspace: where builds are kept.
+        project: a registry file; None is `./registry.toml`, if there is one.
+        remember: whether digests of local folders may be written to the workspace.
+    """
 
     workspace: Path
     project: Path | None = None
+    remember: bool = True
 
     @cached_property
     def registry(self) -> Registry:
@@ -55,7 +62,8 @@ class Setup:
 
     def locate(self, model: Model) -> Located | None:
         """The model's checkpoint, if it is on this machine."""
-        return sources.locate(model.source, self.store.workspace)
+        located = sources.locate(model.source, self.store.workspace)
+        return replace(located, remember=self.remember) if located else None
 
     def model(self, ref: Ref) -> Model:
         """The entry for a reference; made on the spot for a folder or a Hub id, its family found by architecture.
@@ -70,9 +78,11 @@ class Setup:
         spec = f"file:{Path(ref.model).expanduser().absolute()}" if folder else f"hf:{ref.model}"
         located = sources.locate([spec], self.store.workspace)
         if located is None and folder:
-            raise RequestError(f"there is no folder {ref.model}", "give a folder with config.json and *.safetensors")
+            what = "is a file, not a folder" if Path(ref.model).expanduser().is_file() else "does not exist"
+            raise RequestError(f"{ref.model} {what}", "give a folder with config.json and *.safetensors")
         if located is None:
-            raise MachineError(f"{ref.model} is not on this machine", f"run `recipes fetch {ref.model}`")
+            here = f", or write ./{ref.model} for the folder here" if Path(ref.model).is_dir() else ""
+            raise MachineError(f"{ref.model} is not on this machine", f"run `recipes fetch {ref.model}`{here}")
         from .decoder import architecture_of
 
         family = self.registry.family_of(architecture_of(_config(located.folder)))
@@ -116,7 +126,9 @@ class Setup:
             plain = self.store.workspace / "engines" / label
             folder = plain.resolve() if slot is None and read_manifest(plain) else None
         if folder is None:
-            raise MachineError(f"{plan.ref} for {plan.target} is not built", f"run `recipes build {plan.ref}`")
+            damaged = slot is not None and self.store.path(slot).exists()
+            state = f"was built and is damaged: {self.store.path(slot)}" if slot and damaged else "is not built"
+            raise MachineError(f"{plan.ref} for {plan.target} {state}", f"run `recipes build {plan.arguments}`")
         return folder
 
 
@@ -217,8 +229,9 @@ def _config(folder: Path) -> Mapping[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise RequestError(
-            f"{folder / 'config.json'} cannot be read: {error}", "a checkpoint folder in Hugging Face layout is needed"
+            f"{folder / 'config.json'} cannot be read: {reason}", "a checkpoint folder in Hugging Face layout is needed"
         ) from None
     if not isinstance(config, dict):
         raise RequestError(f"{folder / 'config.json'} holds no object", "download or copy the model again")

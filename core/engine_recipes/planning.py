@@ -20,6 +20,8 @@ from .types import HF_CHECKPOINT, Provider, Ref, StageName, Value
 #: Raise when keys must change although no version did: what a stage writes has another meaning.
 KEY_FORMAT = 1
 STAGES: tuple[StageName, ...] = ("resolve", "stage1", "stage2", "validate")
+#: The origin of a setting that the command line gave.
+SET = "--set"
 #: How the options of a stage are written in `--set`.
 PREFIXES: Mapping[str, str] = {"resolve": "", "stage1": "", "stage2": "build.", "validate": "gate."}
 
@@ -81,6 +83,24 @@ class Plan:
     stages: tuple[Stage, ...]
     chosen: tuple[str, ...]
     blocked: MachineError | None
+
+    @property
+    def arguments(self) -> str:
+        """What names this very recipe on a command line: the reference, and what was chosen by options."""
+        words = [str(self.ref), *(f"--set {key}={value}" for key, value in self.given.items())]
+        if not any(choice.startswith("target ") for choice in self.chosen):
+            words.append(f"--target {self.target}")
+        return " ".join(words)
+
+    @property
+    def given(self) -> dict[str, Value]:
+        """Options that `--set` gave, by the name they have there."""
+        return {
+            PREFIXES[stage.name] + name: setting.value
+            for stage in self.stages
+            for name, setting in stage.settings.items()
+            if setting.origin == SET
+        }
 
     def stage(self, name: StageName) -> Stage:
         """The stage of that name."""
@@ -245,7 +265,7 @@ class _Stages:
                     setting = Setting(value, f"{source.name} ({source.owner})", option.help)
             if prefix + name in self.given:
                 value = _checked(prefix + name, option, _read(prefix + name, option, self.given[prefix + name]))
-                setting = Setting(value, "--set", option.help)
+                setting = Setting(value, SET, option.help)
             result[name] = setting
         return result
 

@@ -18,18 +18,34 @@ def parse(text: str) -> Ref:
     Raises:
         RequestError: empty, or a precision or engine that is no name.
     """
-    rest, at, engine = text.rpartition("@")
-    if not at:
-        rest, engine = text, ""
-    model, colon, precision = rest.rpartition(":")
-    if not colon:
-        model, precision = rest, ""
-    for part, sign, name in (("engine", at, engine), ("precision", colon, precision)):
-        if sign and not NAME.fullmatch(name):
-            raise RequestError(f"{text!r} names no {part} after {sign!r}", _FORM)
+    rest, engine = _split(text, "@")
+    model, precision = _split(rest, ":")
+    for part, name in (("engine", engine), ("precision", precision)):
+        if name is not None and not NAME.fullmatch(name):
+            raise RequestError(f"{name!r} in {_short(text)} is no {part}'s name", _hint(text))
     if not (is_folder(model) or is_hub_id(model) or NAME.fullmatch(model)):
-        raise RequestError(f"{text!r} names no model", _FORM)
-    return Ref(model, precision or None, engine or None)
+        raise RequestError(f"{_short(model)} is no model's name", _hint(text))
+    return Ref(model, precision, engine)
+
+
+def _split(text: str, sign: str) -> tuple[str, str | None]:
+    """What stands before the last `sign`, and the name after it. In a path the sign may belong to the path."""
+    before, found, name = text.rpartition(sign)
+    if not found or (is_folder(text) and not NAME.fullmatch(name)):
+        return text, None
+    return before, name
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:60] + "…")
+
+
+def _hint(text: str) -> str:
+    better = text.strip().lower()
+    try:
+        return f"did you mean {parse(better)}?" if better != text else _FORM
+    except RequestError:
+        return _FORM
 
 
 _FORM = "write MODEL[:PRECISION][@ENGINE], for example qwen2.5-7b:fp16@onnxruntime, ./folder:fp16 or Org/Name:fp16"

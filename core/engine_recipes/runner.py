@@ -178,6 +178,8 @@ class _Walk:
                 answer = self.work(stage, out, self.store.log_path(slot))
                 seconds = time.monotonic() - started
                 folder = self.store.commit(slot, out, self.manifest(stage, answer, seconds))
+            if stage.name == "stage2":
+                self.store.unlink(folder)  # built again under the same key: not judged yet
         except RecipesError:
             self.results.append(StageResult(stage.name, "failed", time.monotonic() - started, stage.key))
             raise
@@ -232,6 +234,7 @@ class _Walk:
             "target": self.plan.target if stage.name == "stage2" else None,
             "provider": asdict(stage.provider),
             "options": stage.options,
+            "set": self.plan.given,
             "preimage": stage.preimage,
             "inputs": [{**asdict(a), "path": str(a.path)} for a in self.artifacts],
             "source": {"spec": str(located.source), "revision": located.revision} if located else None,

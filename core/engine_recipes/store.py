@@ -121,6 +121,12 @@ class Store:
         os.replace(fresh, plain)
         return plain
 
+    def unlink(self, engine: Path) -> None:
+        """Take the plain name away from this engine, if it has it."""
+        plain = self.plain(engine)
+        if plain.is_symlink() and plain.resolve() == engine.resolve():
+            plain.unlink()
+
     def plain(self, engine: Path) -> Path:
         """The plain name of an engine folder."""
         return engine.with_name(engine.name.rpartition("-")[0])
@@ -142,14 +148,15 @@ class Store:
                 if folder.is_symlink():
                     wanted = folder.exists()
                 elif folder.name.startswith(_STAGING):
-                    wanted = self._is_locked(place, folder.name.removeprefix(_STAGING).rpartition("-")[0])
+                    wanted = self.is_locked(place, folder.name.removeprefix(_STAGING).rpartition("-")[0])
                 else:
                     wanted = read_manifest(folder) is not None
                 if not wanted:
                     found.append(folder)
         return found
 
-    def _is_locked(self, place: str, name: str) -> bool:
+    def is_locked(self, place: str, name: str) -> bool:
+        """Whether some process is writing or judging this folder."""
         from filelock import FileLock, Timeout
 
         lock = FileLock(self._lock_path(place, name))

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
 import pytest
 
 from conftest import Recipes
+from engine_recipes.cli import style
 
 REF = "./toy-model:plain@echo"
 
@@ -42,7 +44,7 @@ def test_plan_shows_the_same_keys_as_build_and_changes_nothing(
 ) -> None:
     planned = recipes("plan", REF, "--json").json
     assert [stage["status"] for stage in planned["stages"]] == ["to run"] * 4
-    assert not (workspace / "engines").exists()
+    assert not workspace.exists()
     built = recipes("build", REF, "--until", "stage1", "--json").json["builds"][0]
     assert [stage["key"] for stage in built["stages"]] == [stage["key"] for stage in planned["stages"]][:2]
     planned = recipes("plan", REF, "--json").json
@@ -51,6 +53,19 @@ def test_plan_shows_the_same_keys_as_build_and_changes_nothing(
     recipes("build", REF)
     assert [s["status"] for s in recipes("plan", REF, "--json").json["stages"]] == ["cached"] * 4
     assert "cached" in recipes("plan", REF).out
+
+
+def test_the_command_it_proposes_runs_what_was_built(toy_model: Path, recipes: Recipes) -> None:
+    err = recipes("build", REF, "--set", "scale=3", "--target", "sm89").err
+    (proposed,) = (line.strip() for line in err.splitlines() if "try: " in line)
+    assert proposed == f'try: recipes run {REF} --set scale=3.0 --target sm89 "What is the capital of France?"'
+    assert recipes("run", REF, "--set", "scale=3.0", "--target", "sm89", "abc", "--raw").out == "cba\n"
+
+
+def test_colour_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert style("x", fg="red") == click.style("x", fg="red")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert style("x", fg="red") == "x"
 
 
 def test_build_never_downloads_and_names_the_command_and_the_size(recipes: Recipes) -> None:
@@ -96,9 +111,9 @@ def test_a_rejected_build_is_exit_5(toy_model: Path, recipes: Recipes) -> None:
         ([REF, "--set", "scale=x"], "--set scale=x: must be a number"),
         ([REF, "--until", "stage1", "--no-validate"], "--until stops before validation anyway"),
         ([REF, "--target", "sm90"], "./toy-model:plain@echo cannot be built: echo builds for cpu, sm8?, not sm90"),
-        (["./no-such-folder:plain@echo"], "there is no folder ./no-such-folder"),
+        (["./no-such-folder:plain@echo"], "./no-such-folder does not exist"),
         (["./toy-model:plian@echo"], "no precision named 'plian'"),
-        (["toy model"], "'toy model' names no model"),
+        (["toy model"], "'toy model' is no model's name"),
         ([REF, "--registry", "absent.toml"], "there is no file absent.toml"),
     ],
 )

@@ -82,6 +82,17 @@ def test_a_reader_that_stops_early_is_no_error() -> None:
     reader.stderr.close()
 
 
+def test_an_output_that_is_full_or_closed_is_no_traceback() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command("list"), stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stderr.startswith("error: no space left on the device that the output goes to\n")
+    closed = subprocess.run(
+        ["sh", "-c", '"$@" >&-', "sh", *command("list")], capture_output=True, text=True, check=False
+    )
+    assert (closed.returncode, closed.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_scripts_are_printed(recipes: Recipes, shell: str) -> None:
     assert "_RECIPES_COMPLETE" in recipes("completion", shell).out

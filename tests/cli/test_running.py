@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from conftest import Recipes
 
 REF = "./toy-model:plain@echo"
@@ -32,6 +34,33 @@ def test_run_of_what_is_not_built_names_the_command(toy_model: Path, recipes: Re
     ran = recipes("run", REF, "abc")
     assert ran.code == 3
     assert ran.error == [f"{REF} for cpu is not built", f"run `recipes build {REF}`"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "first"),
+    [
+        (["abc", "--temperature", "nan"], "--temperature is no number"),
+        (["abc", "--temperature", "1", "--seed", "-1"], "Invalid value for '--seed'"),
+        ([" "], "the prompt is empty"),
+        (["\udcff"], "the prompt is no UTF-8 text"),
+    ],
+)
+def test_arguments_that_cannot_be_are_two_lines(
+    toy_model: Path, recipes: Recipes, arguments: list[str], first: str
+) -> None:
+    ran = recipes("run", REF, *arguments)
+    assert ran.code == 2
+    assert ran.error[0].startswith(first)
+
+
+def test_a_damaged_engine_is_said_to_be_one(toy_model: Path, recipes: Recipes) -> None:
+    built = recipes("build", REF, "--json").json["builds"][0]
+    Path(built["engine_dir"], "engine.txt").unlink()
+    ran = recipes("run", REF, "abc")
+    assert ran.code == 3
+    assert "was built and is damaged" in ran.error[0]
+    assert recipes("build", REF).code == 0
+    assert recipes("run", REF, "abc", "--raw").out == "cba\n"
 
 
 def test_an_engine_outlives_its_source(toy_model: Path, recipes: Recipes) -> None:

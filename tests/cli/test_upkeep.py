@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from conftest import Recipes
+from engine_recipes.api import open_setup
 
 REF = "./toy-model:plain@echo"
 PLAIN = "toy-model-plain-echo-cpu"
@@ -46,6 +47,25 @@ def test_rm_removes_one_and_moves_the_plain_name_back(toy_model: Path, recipes: 
     ran = recipes("rm", PLAIN, "-y")
     assert ran.code == 2
     assert ran.error[0] == f"no engine named '{PLAIN}'"
+
+
+def test_an_engine_built_again_without_a_verdict_loses_the_plain_name(
+    toy_model: Path, recipes: Recipes, workspace: Path
+) -> None:
+    recipes("build", REF)
+    recipes("build", REF, "--force", "--no-validate")
+    (row,) = engines(recipes)
+    assert (row["status"], row["published"]) == ("unverified", False)
+    assert not (workspace / "engines" / PLAIN).is_symlink()
+
+
+def test_rm_does_not_pull_an_engine_from_under_a_build(toy_model: Path, recipes: Recipes) -> None:
+    name = Path(recipes("build", REF, "--json").json["builds"][0]["engine_dir"]).name
+    slot = open_setup().plan(REF).stage("stage2").slot
+    assert slot is not None
+    with open_setup().store.lock(slot, lambda: None):
+        ran = recipes("rm", name, "-y")
+    assert (ran.code, ran.error[0]) == (3, f"{name} is being built or judged")
 
 
 def test_gc_removes_garbage_and_what_no_engine_was_built_from(

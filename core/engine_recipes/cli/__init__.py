@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -58,7 +59,8 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             result = super().invoke(ctx)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # None: closed by the shell, `>&-`
+                sys.stdout.flush()
         except BrokenPipeError:  # `recipes list | head` is no failure; click would make exit code 1 of it
             raise _ReaderHasGone from None
         return result
@@ -95,10 +97,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, click.Abort):
         _say("interrupted", "nothing that was finished is lost")
         code = 130
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _say("no space left on the device that the output goes to", "free some, or send it elsewhere")
+        code = 3
     except _ReaderHasGone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter's last flush must find an open file
         code = 0
     sys.exit(code or 0)
+
+
+def style(text: str, **looks: Any) -> str:
+    """Text with colour and weight, unless `NO_COLOR` is set (https://no-color.org). Pipes get none either way."""
+    return text if os.environ.get("NO_COLOR") else click.style(text, **looks)
 
 
 def report(error: RecipesError) -> None:
@@ -111,7 +124,7 @@ def report(error: RecipesError) -> None:
 
 
 def _say(message: str, hint: str) -> None:
-    click.echo(f"{click.style('error:', fg='red')} {message}", err=True)
+    click.echo(f"{style('error:', fg='red')} {message}", err=True)
     if hint:
         click.echo(f"       {hint}", err=True)
 

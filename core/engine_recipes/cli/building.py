@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -14,7 +15,7 @@ from ..registry import Model
 from ..runner import Build, How
 from ..space import human_bytes
 from ..store import size_of
-from . import report
+from . import report, style
 from .common import (
     complete_ref,
     confirm,
@@ -75,7 +76,7 @@ def fetch(setup: Setup, model: Model, yes: bool, quiet: bool) -> Any:
 @recipe_options
 def plan_command(ref: str, as_json: bool, setup: Setup, choices: dict[str, Any]) -> None:
     """The stages and keys that build would run, what is there already, and what is missing. Changes nothing."""
-    plan = setup.plan(ref, **choices)
+    plan = replace(setup, remember=False).plan(ref, **choices)
     rows = planned(setup, plan)
     if as_json:
         print_json({"schema": 1, "ref": str(plan.ref), "target": plan.target, "stages": rows})
@@ -117,7 +118,7 @@ def planned(setup: Setup, plan: Plan) -> list[dict[str, Any]]:
 def title(plan: Plan) -> str:
     """What will be built, and what was chosen for the user."""
     chosen = f"  (chosen here: {', '.join(plan.chosen)})" if plan.chosen else ""
-    return f"{click.style(str(plan.ref), bold=True)} for {plan.target}{chosen}"
+    return f"{style(str(plan.ref), bold=True)} for {plan.target}{chosen}"
 
 
 @click.command("build")
@@ -202,4 +203,4 @@ def _conclude(lines: Lines, build: Build) -> None:
             lines.warn({"text": f"{check.name}: {check.note}"})
     if engine:
         lines.say(f"  {engine}")
-        lines.say(f'  try: recipes run {build.plan.ref} "What is the capital of France?"')
+        lines.say(f'  try: recipes run {build.plan.arguments} "What is the capital of France?"')

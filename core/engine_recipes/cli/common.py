@@ -11,6 +11,7 @@ import click
 
 from ..api import open_setup
 from ..errors import RequestError
+from . import style
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -103,7 +104,7 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for number, row in enumerate(table):
         cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)]
         line = "  ".join([*cells, row[-1]]).rstrip()
-        click.echo(click.style(line, bold=True) if number == 0 else line)
+        click.echo(style(line, bold=True) if number == 0 else line)
 
 
 def confirm(text: str, yes: bool) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,6 +12,7 @@ from .. import availability, refs
 from ..api import Setup
 from ..registry import Engine, Entry, Model, Precision
 from ..space import human_bytes
+from . import style
 from .common import complete_ref, json_option, place_options, print_json, print_table, recipe_options
 
 if TYPE_CHECKING:
@@ -50,7 +52,9 @@ def recipes(setup: Setup) -> Iterator[dict[str, Any]]:
     for model in setup.registry.models.entries.values():
         fetched = setup.locate(model) is not None
         for precision, engine, target, status, reason in pairs:
-            if status == "ready" and not fetched:
+            if model.family not in setup.registry.families.entries:
+                status, reason = "unsupported", f"no family named {model.family!r}"
+            elif status == "ready" and not fetched:
                 status, reason = "missing", "checkpoint not fetched"
             label = f"{refs.label(model.name)}-{precision.name}-{engine.name}-{target}"
             yield {
@@ -91,10 +95,10 @@ def built_labels(setup: Setup) -> set[str]:
 def warn_of_problems(setup: Setup) -> None:
     """Say what is wrong with installed packages; it stops nobody else's builds."""
     for problem in setup.registry.problems:
-        click.echo(f"{click.style('warning:', fg='yellow')} {problem.owner}: {problem.text}", err=True)
+        click.echo(f"{style('warning:', fg='yellow')} {problem.owner}: {problem.text}", err=True)
     for names in (setup.registry.families, setup.registry.models, setup.registry.precisions, setup.registry.engines):
         for error in names.unusable.values():
-            click.echo(f"{click.style('warning:', fg='yellow')} {error.message}", err=True)
+            click.echo(f"{style('warning:', fg='yellow')} {error.message}", err=True)
 
 
 def _owners(*entries: Entry) -> str:
@@ -110,12 +114,12 @@ def _owners(*entries: Entry) -> str:
 @recipe_options
 def show_command(ref: str, as_json: bool, setup: Setup, choices: dict[str, Any]) -> None:
     """One recipe: source and revision, every setting and where it came from, what it needs, sizes expected."""
-    plan = setup.plan(ref, **choices)
+    plan = replace(setup, remember=False).plan(ref, **choices)
     data = describe(setup, plan)
     if as_json:
         print_json({"schema": 1, **data})
         return
-    click.echo(click.style(data["ref"], bold=True) + f" for {data['target']}")
+    click.echo(style(data["ref"], bold=True) + f" for {data['target']}")
     source = data["source"]
     for name, value in (
         ("family", f"{data['family']}  (from {data['owners']['family']})"),
@@ -205,9 +209,9 @@ def plugins_command(as_json: bool, setup: Setup) -> None:
         print_json({"schema": 1, "plugins": rows})
         return
     for row in rows:
-        click.echo(click.style(f"{row['package']} {row['version']}".strip(), bold=True) + f"  {row['path']}")
+        click.echo(style(f"{row['package']} {row['version']}".strip(), bold=True) + f"  {row['path']}")
         for kind in ("families", "precisions", "engines", "models"):
             if row[kind]:
                 click.echo(f"  {kind:<11} {', '.join(row[kind])}")
         for text in row["problems"]:
-            click.echo(f"  {click.style('problem', fg='red')}     {text}")
+            click.echo(f"  {style('problem', fg='red')}     {text}")

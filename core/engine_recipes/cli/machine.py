@@ -11,6 +11,7 @@ import click
 from .. import __version__, availability
 from ..api import Setup
 from ..space import free_bytes, human_bytes
+from . import style
 from .common import json_option, place_options, print_json
 
 
@@ -25,7 +26,7 @@ def doctor_command(as_json: bool, setup: Setup) -> None:
         return
     colours = {"ok": "green", "warn": "yellow", "missing": "red"}
     for check in checks:
-        verdict = click.style(f"{check['verdict']:<8}", fg=colours[check["verdict"]])
+        verdict = style(f"{check['verdict']:<8}", fg=colours[check["verdict"]])
         click.echo(f"{verdict} {check['name']:<22} {check['found']}")
         if check["hint"]:
             click.echo(f"{'':<31} {check['hint']}")

@@ -11,6 +11,7 @@ import click
 
 from ..events import Event
 from ..space import human_bytes
+from . import style
 
 _NAMES = {"resolve": "resolve", "stage1": "stage 1", "stage2": "stage 2", "validate": "validate", "fetch": "fetch"}
 _EVERY = 5.0  # seconds between plain progress lines
@@ -74,7 +75,7 @@ class Lines:
     def warn(self, event: Event) -> None:
         """What the user should see now."""
         if not self.quiet:
-            click.echo(f"{click.style('warning:', fg='yellow')} {event['text']}", err=True)
+            click.echo(f"{style('warning:', fg='yellow')} {event['text']}", err=True)
 
 
 class Bars(Lines):

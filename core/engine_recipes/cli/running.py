@@ -17,8 +17,10 @@ from .common import complete_ref, json_option, print_json, quiet_option, recipe_
 @click.argument("ref", shell_complete=complete_ref)
 @click.argument("prompt")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy")
-@click.option("--seed", type=int, default=0, show_default=True, help="of the sampler")
+@click.option(
+    "--temperature", type=click.FloatRange(min=0, max=100), default=0.0, show_default=True, help="0 is greedy"
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="of the sampler")
 @click.option("--raw", is_flag=True, help="no chat template: the prompt as it is")
 @json_option
 @quiet_option
@@ -36,6 +38,12 @@ def run_command(
     choices: dict[str, Any],
 ) -> None:
     """Generate text with a built engine."""
+    if temperature != temperature:  # NaN passes every range
+        raise click.UsageError("--temperature is no number\ngive 0 for greedy, or a number up to 100")
+    if not prompt.strip():
+        raise click.UsageError("the prompt is empty\nsay something")
+    if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise click.UsageError("the prompt is no UTF-8 text\ncheck the encoding of your terminal or file")
     plan = setup.plan(ref, **choices)
     started = time.monotonic()
     loaded = load_plan(setup, plan)

@@ -10,7 +10,7 @@ import click
 
 from .. import gate
 from ..api import Setup
-from ..errors import RequestError, did_you_mean
+from ..errors import MachineError, RequestError, did_you_mean
 from ..space import human_bytes
 from ..store import Store, size_of
 from .common import confirm, json_option, place_options, print_json, print_table, yes_option
@@ -30,7 +30,7 @@ def engines_command(as_json: bool, setup: Setup) -> None:
         click.echo(f"nothing built yet in {store.workspace}", err=True)
         return
     print_table(
-        ("ENGINE", "RECIPE", "TARGET", "SIZE", "STATUS", "BUILT"),
+        ("ENGINE", "RECIPE", "TARGET", "SIZE", "STATUS", "BUILT", "SET"),
         [
             (
                 r["name"] + (" *" if r["published"] else ""),
@@ -39,6 +39,7 @@ def engines_command(as_json: bool, setup: Setup) -> None:
                 human_bytes(r["bytes"]),
                 r["status"],
                 r["created"],
+                " ".join(f"{key}={value}" for key, value in r["set"].items()),
             )
             for r in rows
         ],
@@ -54,6 +55,7 @@ def _row(store: Store, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]
         "name": folder.name,
         "ref": manifest.get("ref", ""),
         "target": manifest.get("target", ""),
+        "set": manifest.get("set", {}),
         "status": {"not run": "unverified", "fail": "rejected", "warn": "verified, warnings"}.get(verdict, "verified"),
         "verdict": verdict,
         "published": plain.is_symlink() and plain.resolve() == folder.resolve(),
@@ -76,9 +78,11 @@ def rm_command(name: str, yes: bool, setup: Setup) -> None:
         raise RequestError(f"no engine named {name!r}", did_you_mean(name, folders))
     if not confirm(f"remove {folder.name} ({human_bytes(size_of(folder))})?", yes):
         return
+    if store.is_locked("engines", folder.name):
+        raise MachineError(f"{folder.name} is being built or judged", "wait for that, or stop it")
     plain = store.plain(folder)
     if plain.is_symlink() and plain.resolve() == folder.resolve():
-        plain.unlink()
+        store.unlink(folder)
         newest = _newest_passed(store, plain, folder)
         if newest:
             store.link(newest)

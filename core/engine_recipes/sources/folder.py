@@ -25,13 +25,14 @@ _RECENT = 2.0
 Memo = dict[str, dict[str, Any]]
 
 
-def tree_identity(folder: Path, workspace: Path | None = None) -> str:
+def tree_identity(folder: Path, workspace: Path | None = None, remember: bool = True) -> str:
     """sha256, as 64 hex digits, over names and contents of the files that matter; other files may come and go.
 
     Args:
         folder: in the Hugging Face layout.
         workspace: digests of unchanged files are taken from `digests.json` in it, and new ones stored there. It may
             be missing, damaged or read-only: that costs time, nothing else.
+        remember: False stores nothing.
 
     Raises:
         RequestError: the index is damaged or a weight file is missing.
@@ -40,7 +41,7 @@ def tree_identity(folder: Path, workspace: Path | None = None) -> str:
     memo = _read_memo(workspace)
     fresh = _Digests(memo, sum((folder / name).stat().st_size for name in names))
     lines = [f"{name}\0{fresh.digest(folder / name)}\n" for name in names]
-    if fresh.added:
+    if fresh.added and remember:
         _write_memo(workspace, {**memo, **fresh.added})
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

@@ -67,12 +67,14 @@ class Located:
         folder: in the Hugging Face layout: config.json, *.safetensors, tokenizer.json …
         revision: commit of an `hf` source, else None.
         workspace: where digests of `file` sources are remembered.
+        remember: whether new digests are written there; `plan` changes nothing.
     """
 
     source: Source
     folder: Path
     revision: str | None
     workspace: Path | None = None
+    remember: bool = True
 
     @cached_property
     def identity(self) -> str:
@@ -88,7 +90,7 @@ class Located:
             return f"{self.source.label}#sha256={self.source.sha256}&gguf={GGUF_CONVERTER}"
         from .folder import tree_identity
 
-        return f"file:sha256:{tree_identity(self.folder, self.workspace)}"
+        return f"file:sha256:{tree_identity(self.folder, self.workspace, self.remember)}"
 
 
 class Unreachable(MachineError):
