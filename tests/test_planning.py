@@ -106,6 +106,7 @@ def test_what_only_a_gpu_needs_is_named_by_itself(registry: Registry) -> None:
         ("smollm2-135m", {"settings": {"tp_size": "two"}}, "--set tp_size=two: must be a whole number"),
         ("smollm2-135m", {"settings": {"tp_size": "0"}}, "tp_size = 0: must be at least 1"),
         ("smollm2-135m:plain@echo", {"settings": {"style": "odd"}}, "style = 'odd': must be one of short, long"),
+        ("smollm2-135m:plain@echo", {"settings": {"scale": "nan"}}, "--set scale=nan: must be a number"),
         ("smollm2-135m:plain@echo", {"settings": {"loud": "maybe"}}, "--set loud=maybe: must be true or false"),
         ("smollm2-135m:plain@echo", {"settings": {"tp_size": "9"}}, "tp_size = 9: must be at most 8"),
         ("smollm2-135m:plain@onnxruntime", {}, "onnxruntime takes trtllm-checkpoint, plain gives toy-checkpoint"),

@@ -13,7 +13,7 @@ import pytest
 
 from conftest import Recipes, command
 from engine_recipes import api, gate, history, runner
-from engine_recipes.errors import Rejected, StageFailed
+from engine_recipes.errors import MachineError, Rejected, StageFailed
 from engine_recipes.events import Event
 from engine_recipes.runner import How
 
@@ -146,6 +146,36 @@ def test_a_stage_that_leaves_children_behind_takes_them_along(toy_model: Path, m
     while orphans() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert orphans() == []
+
+
+@pytest.mark.parametrize("mode", ["fork", "fork and die"])
+def test_a_forked_child_that_holds_the_pipes_does_not_hold_the_build(
+    toy_model: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setenv("TOY", f"stage1 {mode}")
+    started = time.monotonic()
+    if mode == "fork":
+        assert api.build(REF).status == "built"
+    else:
+        with pytest.raises(StageFailed, match="was killed by SIGKILL"):
+            api.build(REF)
+    assert time.monotonic() - started < 14  # the child sleeps for longer
+
+
+def test_a_checkpoint_that_moved_is_read_where_it_is_now(toy_model: Path, workspace: Path) -> None:
+    api.build(REF)
+    moved = toy_model.rename(toy_model.with_name("moved"))
+    build = api.build("./moved:plain@echo", how=How(until="resolve"))
+    assert build.stages[0].status == "run"
+    assert build.stages[0].path is not None
+    assert json.loads((build.stages[0].path / "source.json").read_text())["folder"] == str(moved)
+
+
+def test_another_model_of_the_same_label_is_not_taken_for_this_one(toy_model: Path, tmp_path: Path) -> None:
+    api.build(REF)
+    Path("registry.toml").write_text('[models.toy-model]\nfamily = "toy"\nsource = "/not/here"\n')
+    with pytest.raises(MachineError, match="toy-model:plain@echo for cpu is not built"):
+        api.load("toy-model:plain@echo")
 
 
 def orphans() -> list[int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import availability, facts as machine, refs, registry, sources
-from .errors import MachineError, RequestError
+from .errors import MachineError, RecipesError, RequestError, StageFailed
 from .events import Event
 from .facts import Facts
 from .registry import Model, Registry
@@ -124,7 +124,8 @@ class Setup:
         if folder is None:
             label = f"{refs.label(plan.model.name)}-{plan.precision.name}-{plan.engine.name}-{plan.target}"
             plain = self.store.workspace / "engines" / label
-            folder = plain.resolve() if slot is None and read_manifest(plain) else None
+            manifest = read_manifest(plain) if slot is None else None
+            folder = plain.resolve() if manifest and manifest.get("ref") == str(plan.ref) else None
         if folder is None:
             damaged = slot is not None and self.store.path(slot).exists()
             state = f"was built and is damaged: {self.store.path(slot)}" if slot and damaged else "is not built"
@@ -221,7 +222,13 @@ def load_folder(folder: Path, provider: Provider, options: Mapping[str, Any] | N
     from .host import Host
     from .tokenizer import Tokenizer
 
-    runtime = Host([provider]).load_engine(provider, folder, dict(options or {}))
+    try:
+        runtime = Host([provider]).load_engine(provider, folder, dict(options or {}))
+    except RecipesError:
+        raise
+    except Exception as error:  # the engine's own code, in our process
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise StageFailed(f"{provider} cannot load {folder.name}: {reason}", "build it again with --force") from error
     return Loaded(folder, runtime, Tokenizer.load(folder), read_manifest(folder) or {})
 
 

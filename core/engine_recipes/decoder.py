@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +96,6 @@ class Decoder:
         mlp = 3 * h * m + (2 * m + h) * self.mlp_bias
         tables = self.vocab_size * h * (1 if self.tied else 2)
         return self.layers * (attention + mlp + 2 * h) + tables + h
-
-    def with_(self, **changes: Any) -> Decoder:
-        """A copy with some fields changed."""
-        return replace(self, **changes)
 
     def write(self, path: Path) -> None:
         """Write as JSON."""
@@ -204,9 +200,12 @@ def _refuse(config: Mapping[str, Json]) -> None:
                 f"config.json says {key} = {config[key]!r}: a mixture of experts",
                 "only dense decoders are supported",
             )
-    if config.get("partial_rotary_factor") not in (None, 1):
+    parameters = config.get("rope_parameters")  # transformers 5 keeps it there
+    partial = (parameters if isinstance(parameters, Mapping) else {}).get("partial_rotary_factor")
+    partial = config.get("partial_rotary_factor") if partial is None else partial
+    if partial not in (None, 1):
         raise RequestError(
-            f"config.json says partial_rotary_factor = {config['partial_rotary_factor']!r}",
+            f"config.json says partial_rotary_factor = {partial!r}",
             "only decoders that rotate whole heads are supported",
         )
 

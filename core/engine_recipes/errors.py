@@ -66,6 +66,14 @@ class Interrupted(RecipesError):
     exit_code = 130
 
 
+def disk_error(error: OSError, place: object) -> MachineError:
+    """What the system said when something could not be written."""
+    return MachineError(
+        f"{error.filename or place} cannot be written: {error.strerror or error}",
+        "free some disk space, or choose another place with --workspace",
+    )
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint that names up to three close matches of `name`, or lists a few known names."""
     from difflib import get_close_matches

@@ -106,7 +106,7 @@ def load_engine(folder: Path, options: Mapping[str, Any]) -> Runtime:
 
     Args:
         folder: the engine's folder, as stage 2 wrote it, with tokenizer files and `manifest.json`.
-        options: of the runtime, from `--set run.…`; may be ignored.
+        options: of the runtime, as given to `engine_recipes.load`; may be ignored.
 
     Returns:
         A Runtime. Its `logits` may return None where the engine does not give them.

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, Queue
 from typing import IO, Any
 
 from . import errors
@@ -29,6 +31,7 @@ _ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
 }
 _LAST_LINES = 40
+_GRACE = 3.0  # seconds that a worker and its pipes get to end by themselves
 
 
 @dataclass(frozen=True)
@@ -62,21 +65,25 @@ def call(what: str, request: Mapping[str, Any], log: Path | None, listen: Callab
     )
     assert process.stdin and process.stdout and process.stderr
     last: deque[str] = deque(maxlen=_LAST_LINES)
+    inbox: Queue[Event | None] = Queue()
     reader = threading.Thread(target=_keep, args=(process.stderr, log, last), daemon=True)
-    reader.start()
+    receiver = threading.Thread(target=_receive, args=(process.stdout, inbox), daemon=True)
+    for thread in (reader, receiver):
+        thread.start()
     try:
-        process.stdin.write(json.dumps(request).encode() + b"\n")
-        process.stdin.flush()
-        final = _listen(process.stdout, listen, last)
-        process.wait()
-    except BrokenPipeError:
-        final = None
-        process.wait()
+        with suppress(BrokenPipeError):  # it died at once: what it printed says why
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+        final = _listen(process, inbox, listen, last)
     finally:
         stop(process)
-        reader.join(timeout=5)
-        for pipe in (process.stdin, process.stdout, process.stderr):
-            with suppress(BrokenPipeError):
+        for thread in (reader, receiver):
+            thread.join(timeout=_GRACE)
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+        # a grandchild that left the session may hold a pipe open: its reader then keeps it, closing would wait
+        for thread, pipe in ((receiver, process.stdout), (reader, process.stderr)):
+            if not thread.is_alive():
                 pipe.close()
     return _answer(what, final, process.returncode, "\n".join(last), log)
 
@@ -94,27 +101,44 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     process.poll()
 
 
-def _listen(pipe: IO[bytes], listen: Callable[[Event], None], last: deque[str]) -> Event | None:
-    final = None
-    for line in pipe:
+def _listen(
+    process: subprocess.Popen[bytes], inbox: Queue[Event | None], listen: Callable[[Event], None], last: deque[str]
+) -> Event | None:
+    """Pass events on until the final one. The pipe may stay open in a child that a dead worker forked."""
+    died = 0.0
+    while True:
         try:
-            event = json.loads(line)
-        except ValueError:  # cut short by a kill
+            event = inbox.get(timeout=0.2)
+        except Empty:
+            if process.poll() is not None:
+                died = died or time.monotonic()
+                if time.monotonic() - died > _GRACE:
+                    return None
             continue
+        if event is None:
+            process.wait()
+            return None
         if event["event"] in ("result", "error", "crash"):
-            final = event
-        else:
-            if event["event"] == "log":
-                last.append(event["text"])
-            listen(event)
-    return final
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=_GRACE)
+            return event
+        if event["event"] == "log":
+            last.append(event["text"])
+        listen(event)
+
+
+def _receive(pipe: IO[bytes], inbox: Queue[Event | None]) -> None:
+    for line in pipe:
+        with suppress(ValueError):  # a line cut short by a kill
+            inbox.put(json.loads(line))
+    inbox.put(None)
 
 
 def _keep(pipe: IO[bytes], log: Path | None, last: deque[str]) -> None:
     for line in pipe:
         last.append(line.decode(errors="replace").rstrip())
         if log:  # opened for each line: most stages print nothing and need no file
-            with log.open("ab") as file:
+            with suppress(OSError), log.open("ab") as file:  # a full disk must not stop the reading
                 file.write(line)
 
 
@@ -124,8 +148,10 @@ def _answer(what: str, final: Event | None, code: int, output: str, log: Path | 
         raise errors.StageFailed(f"{what} {_died(code)}", f"{_why(code)}{where}", output)
     if final["event"] == "crash":
         raise errors.StageFailed(f"{what} failed: {final['message']}", where, output)
+    if final["event"] == "error" and final["kind"] == "StageFailed":
+        raise errors.StageFailed(final["message"], final["hint"] or where, final["output"] or output)
     if final["event"] == "error":
-        raise getattr(errors, final["kind"], errors.StageFailed)(final["message"], final["hint"])
+        raise getattr(errors, final["kind"])(final["message"], final["hint"])
     return Answer(final["value"], final["peak_rss_bytes"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -280,7 +281,10 @@ def _read(key: str, option: Option, text: str) -> Value:
     try:
         if isinstance(option.default, bool):
             return words[text.lower()]
-        return type(option.default)(text)
+        value = type(option.default)(text)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(text)
+        return value
     except (ValueError, KeyError):
         kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(option.default)]
         raise RequestError(f"--set {key}={text}: must be {kind}", option.help or f"default: {option.default}") from None

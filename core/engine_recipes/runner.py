@@ -12,11 +12,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from . import __version__, gate, history
-from .errors import Interrupted, MachineError, RecipesError, Rejected
+from .errors import Interrupted, RecipesError, Rejected, disk_error
 from .events import Event
 from .launch import Answer, call
 from .planning import STAGES, Plan, Stage
-from .store import Slot, Store, read_manifest, size_of
+from .store import Slot, Store, read_json, read_manifest, size_of
 from .types import Artifact, Check, Provider, Report, StageContext, StageName
 
 StageStatus = Literal["run", "cached", "skipped", "failed"]
@@ -148,10 +148,10 @@ class _Walk:
 
     def build(self, stage: Stage) -> None:
         assert stage.slot is not None
-        folder = None if self.how.force else self.store.get(stage.slot)
+        folder = self.hit(stage)
         if folder is None:
             with self.store.lock(stage.slot, lambda: self.tell(stage, "waiting")):
-                folder = None if self.how.force else self.store.get(stage.slot)  # somebody else built it meanwhile
+                folder = self.hit(stage)  # somebody else built it meanwhile
                 if folder is None:
                     folder = self.produce(stage, stage.slot)
                 else:
@@ -159,6 +159,14 @@ class _Walk:
         else:
             self.keep(stage, folder)
         self.artifacts.insert(0, Artifact(stage.gives, folder, stage.key))
+
+    def hit(self, stage: Stage) -> Path | None:
+        folder = self.store.get(stage.slot) if stage.slot and not self.how.force else None
+        if folder and stage.name == "resolve" and self.plan.located:
+            # the same contents may lie elsewhere by now, and other contents where they lay
+            known = read_json(folder / "source.json").get("folder")
+            return folder if known == str(self.plan.located.folder.absolute()) else None
+        return folder
 
     def keep(self, stage: Stage, folder: Path) -> None:
         manifest = read_manifest(folder) or {}
@@ -177,9 +185,12 @@ class _Walk:
             with self.store.staging(slot) as out:
                 answer = self.work(stage, out, self.store.log_path(slot))
                 seconds = time.monotonic() - started
+                if stage.name == "stage2":
+                    self.store.unlink(self.store.path(slot))  # built again under the same key: not judged yet
                 folder = self.store.commit(slot, out, self.manifest(stage, answer, seconds))
-            if stage.name == "stage2":
-                self.store.unlink(folder)  # built again under the same key: not judged yet
+        except OSError as error:
+            self.results.append(StageResult(stage.name, "failed", time.monotonic() - started, stage.key))
+            raise disk_error(error, self.store.workspace) from None
         except RecipesError:
             self.results.append(StageResult(stage.name, "failed", time.monotonic() - started, stage.key))
             raise
@@ -260,7 +271,7 @@ class _Walk:
         if known.verdict == "fail":
             raise _rejected(self.plan, known, engine)
         plain = self.store.plain(engine)
-        if self.results[-1].status == "run" or not plain.exists():
+        if known.verdict in ("pass", "warn") and (self.results[-1].status == "run" or not plain.exists()):
             self.store.link(engine)
 
     def known(self, stage: Stage, engine: Path) -> Report | None:
@@ -281,7 +292,10 @@ class _Walk:
             self.results.append(StageResult("validate", "failed", time.monotonic() - started, stage.key, engine))
             raise
         report = gate.judge(Check(**check) for check in answer.value)
-        gate.write(engine, stage.key, report)
+        try:
+            gate.write(engine, stage.key, report)
+        except OSError as error:
+            raise disk_error(error, engine) from None
         seconds = time.monotonic() - started
         self.results.append(
             StageResult("validate", "run", seconds, stage.key, engine, peak_rss_bytes=answer.peak_rss_bytes)
@@ -314,6 +328,4 @@ def _remember(store: Store, build: Build) -> None:
     try:
         history.append(store.workspace, line)
     except OSError as error:
-        raise MachineError(
-            f"{store.workspace / history.NAME} cannot be written: {error.strerror}", "free some disk space"
-        ) from None
+        raise disk_error(error, store.workspace) from None

@@ -98,6 +98,8 @@ class Store:
 
         final = self.path(slot)
         files = {str(f.relative_to(staging)): f.stat().st_size for f in sorted(staging.rglob("*")) if f.is_file()}
+        for name in files:
+            sync(staging / name)  # or a power cut could leave a folder that only looks whole
         write_json(staging / MANIFEST, {**manifest, "key": slot.key, "files": files})
         if final.exists():
             old = final.with_name(f"{_STAGING}{final.name}-{_unique()}")
@@ -146,7 +148,7 @@ class Store:
         for place in PLACES.values():
             for folder in self._folders(place):
                 if folder.is_symlink():
-                    wanted = folder.exists()
+                    wanted = folder.exists() and not folder.name.startswith(_STAGING)
                 elif folder.name.startswith(_STAGING):
                     wanted = self.is_locked(place, folder.name.removeprefix(_STAGING).rpartition("-")[0])
                 else:
@@ -154,6 +156,18 @@ class Store:
                 if not wanted:
                     found.append(folder)
         return found
+
+    def is_busy(self) -> bool:
+        """Whether some process is building anything here."""
+        from filelock import FileLock, Timeout
+
+        for path in (self.workspace / "locks").glob("*.lock"):
+            try:
+                with FileLock(path, timeout=0):
+                    pass
+            except Timeout:
+                return True
+        return False
 
     def is_locked(self, place: str, name: str) -> bool:
         """Whether some process is writing or judging this folder."""
@@ -191,11 +205,16 @@ class Store:
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest, or None if there is none that can be read."""
+    return read_json(folder / MANIFEST) or None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; an empty one if there is none that can be read."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) else None
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def is_whole(folder: Path, manifest: Mapping[str, Any]) -> bool:
@@ -226,9 +245,9 @@ def _unique() -> str:
     return os.urandom(4).hex()
 
 
-def sync(folder: Path) -> None:
-    """Flush a folder's entries to disk, where the system can."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file's contents, or a folder's entries, to disk, where the system can."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError:

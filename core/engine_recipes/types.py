@@ -6,6 +6,7 @@ process, another environment or on another machine.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +77,7 @@ class StageContext:
         ref: the complete reference, `model:precision@engine`.
         stage: which stage is running.
         options: every option the stage knows, defaults filled in. Keys as in `--set`, without the prefix
-            (`build.` for stage 2, `gate.` for validate).
+            (`build.` for stage 2).
         inputs: what earlier stages left, nearest first: stage 1 gets (source,), stage 2 (checkpoint, source),
             validate (engine, checkpoint, source).
         out: an empty folder; write here and nowhere else. It is published by one rename when the hook returns.
@@ -121,6 +122,11 @@ class Check:
     note: str = ""
 
 
+def _number(value: float | None) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 @dataclass(frozen=True)
 class Report:
     """The judgement of one engine."""
@@ -134,8 +140,10 @@ class Report:
         """The `validation` object of `build --json`."""
         return {
             "verdict": self.verdict,
-            "metrics": dict(self.metrics),
-            "checks": [vars(check) for check in self.checks],
+            "metrics": {name: _number(value) for name, value in self.metrics.items()},
+            "checks": [
+                {**vars(check), "value": _number(check.value), "limit": _number(check.limit)} for check in self.checks
+            ],
             "samples": [dict(sample) for sample in self.samples],
         }
 

@@ -61,7 +61,7 @@ def perform(call: Mapping[str, Any]) -> Any:
         return _resolve(host, providers[0], context, call)
     if context.stage == "stage1":
         host.stage1(providers[0], context)
-        return _finish_stage1(context, call["gives"])
+        return _finish_stage1(context, call["gives"], providers[0])
     if context.stage == "stage2":
         host.stage2(providers[0], context)
         return _finish_stage2(context)
@@ -83,11 +83,12 @@ def _resolve(host: Host, provider: Provider, context: StageContext, call: Mappin
     return {"architecture": decoder.architecture, "parameters": decoder.parameters}
 
 
-def _finish_stage1(context: StageContext, gives: str) -> dict[str, Any]:
+def _finish_stage1(context: StageContext, gives: str, provider: Provider) -> dict[str, Any]:
     if gives == TRTLLM_CHECKPOINT:
         from .checkpoint import verify
 
-        verify(context.out, contents=False)  # values were checked while they were written
+        # our converter checked the values while it wrote them
+        verify(context.out, contents=provider.package != "engine-recipes")
     return {}
 
 
@@ -107,8 +108,11 @@ def _as_event(error: BaseException) -> events.Event:
             "free some, or choose another place with --workspace",
         )
     if isinstance(error, RecipesError):
-        kind = type(error).__name__
-        return {"event": "error", "kind": kind, "message": error.message, "hint": error.hint}
+        # a plugin's own subclass travels as the error of ours that it is
+        kind = next(c.__name__ for c in type(error).__mro__ if c.__module__ == RecipesError.__module__)
+        kind = "StageFailed" if kind == "RecipesError" else kind
+        data = {"message": error.message, "hint": error.hint, "output": getattr(error, "output", "")}
+        return {"event": "error", "kind": kind, **data}
     traceback.print_exc()
     return {"event": "crash", "message": f"{type(error).__name__}: {error}".splitlines()[0]}
 

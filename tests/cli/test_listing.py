@@ -13,6 +13,8 @@ def test_list_shows_every_combination_with_a_computed_status(toy: None, recipes:
     fp16 = rows["qwen2.5-7b:fp16@onnxruntime"]
     assert fp16 == {
         "ref": "qwen2.5-7b:fp16@onnxruntime",
+        "model": "qwen2.5-7b",
+        "target": "cpu",
         "family": "qwen",
         "precision": "fp16",
         "engine": "onnxruntime",

@@ -35,6 +35,7 @@ def test_the_rope_settings_of_transformers_5() -> None:
         ({"quantization_config": {"quant_method": "fp8"}}, r"already quantized \(quantization_config, fp8\)"),
         ({"num_local_experts": 8}, "num_local_experts = 8: a mixture of experts"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
         ({"rope_theta": None}, "gives no rope base"),
         ({"num_key_value_heads": 3}, "4 attention heads cannot share 3"),
     ],

@@ -101,7 +101,7 @@ def stage_layers(layers: int, pp_size: int) -> list[range]:
 
 
 def check_split(decoder: Decoder, tp_size: int, pp_size: int) -> None:
-    """Raise RequestError unless the model can be split over these ranks. Costs nothing; the plan calls it too."""
+    """Raise RequestError unless the model can be split over these ranks. Costs nothing."""
     for name, size in (("tp_size", tp_size), ("pp_size", pp_size)):
         if size < 1:
             raise RequestError(f"{name} is {size}", "1 means not split")

@@ -83,7 +83,8 @@ def cli() -> None:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with the code that docs/commands.md promises."""
     for sign in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(sign, _interrupt)
+        if signal.getsignal(sign) is not signal.SIG_IGN:  # nohup
+            signal.signal(sign, _interrupt)
     try:
         code = cli.main(arguments, prog_name="recipes", standalone_mode=False)
     except RecipesError as error:

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from .. import events, refs, runner
+from .. import availability, events, refs, runner
 from ..api import Setup
-from ..errors import RecipesError
+from ..errors import MachineError
 from ..planning import STAGES, Plan
 from ..registry import Model
 from ..runner import Build, How
@@ -34,12 +34,13 @@ from .progress import Lines, reporter
 @click.argument("model", shell_complete=complete_ref)
 @json_option
 @quiet_option
+@verbose_option
 @yes_option
 @place_options
-def fetch_command(model: str, as_json: bool, quiet: bool, yes: bool, setup: Setup) -> None:
+def fetch_command(model: str, as_json: bool, quiet: bool, verbose: bool, yes: bool, setup: Setup) -> None:
     """Download a model's checkpoint: says how much, asks, resumes, verifies."""
     ref = setup.registry.expand(refs.parse(model))
-    located = fetch(setup, _to_fetch(setup, ref.model), yes, quiet)
+    located = fetch(setup, _to_fetch(setup, ref.model), yes, quiet, verbose)
     if as_json:
         data = {"model": ref.model, "source": str(located.source), "revision": located.revision}
         print_json({"schema": 1, **data, "folder": str(located.folder), "bytes": size_of(located.folder)})
@@ -56,9 +57,9 @@ def _to_fetch(setup: Setup, name: str) -> Model:
     return setup.registry.models[name]
 
 
-def fetch(setup: Setup, model: Model, yes: bool, quiet: bool) -> Any:
+def fetch(setup: Setup, model: Model, yes: bool, quiet: bool, verbose: bool = False) -> Any:
     """Fetch with progress on stderr; asks first, with the bars out of the way."""
-    with reporter(quiet) as lines, events.sink(lambda event: lines({**event, "stage": "fetch"})):
+    with reporter(quiet, verbose) as lines, events.sink(lambda event: lines({**event, "stage": "fetch"})):
 
         def ask(text: str, size: int | None) -> bool:
             question = f"download {text} ({human_bytes(size) if size else 'size not known'})?"
@@ -169,24 +170,32 @@ def build_command(
 def _plans(
     setup: Setup, references: tuple[str, ...], chosen: dict[str, Any], may_fetch: bool, yes: bool, quiet: bool
 ) -> list[Plan]:
-    """All plans before any work, so that a wrong last argument does not cost an hour."""
+    """All plans before any work, so that a wrong last argument costs neither a download nor an hour."""
+    with reporter(quiet) as lines, events.sink(lambda event: lines({**event, "stage": "resolve"})):
+        wanted = [(text, _plan(setup, text, chosen, may_fetch)) for text in references]
     plans = []
-    for text in references:
-        try:
+    for text, plan in wanted:
+        if plan is None or plan.located is None:
+            fetch(setup, plan.model if plan else _to_fetch(setup, refs.parse(text).model), yes, quiet)
             plan = setup.plan(text, **chosen)
-        except RecipesError as error:
-            if not (may_fetch and error.exit_code == 3):
-                raise
-            plan = None
-        if may_fetch and (plan is None or plan.located is None):
-            ref = setup.registry.expand(refs.parse(text))
-            fetch(setup, plan.model if plan else _to_fetch(setup, ref.model), yes, quiet)
-            plan = setup.plan(text, **chosen)
-        assert plan is not None
-        if plan.blocked:
-            raise plan.blocked
         plans.append(plan)
     return plans
+
+
+def _plan(setup: Setup, text: str, chosen: dict[str, Any], may_fetch: bool) -> Plan | None:
+    """The plan; None for a Hub id that has to be fetched before its family can be known."""
+    try:
+        plan = setup.plan(text, **chosen)
+    except MachineError:
+        if may_fetch and refs.is_hub_id(refs.parse(text).model):
+            return None
+        raise
+    lacking = availability.lacking(plan.precision, plan.engine, plan.target, setup.facts)
+    if lacking:
+        raise lacking
+    if plan.blocked and not may_fetch:
+        raise plan.blocked
+    return plan
 
 
 def _conclude(lines: Lines, build: Build) -> None:

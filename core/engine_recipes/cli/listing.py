@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import availability, refs
+from .. import availability
 from ..api import Setup
 from ..registry import Engine, Entry, Model, Precision
 from ..space import human_bytes
@@ -33,8 +33,7 @@ def list_command(model: str | None, ready: bool, as_json: bool, setup: Setup) ->
     ]
     warn_of_problems(setup)
     if as_json:
-        hidden = ("model", "target")
-        print_json({"schema": 1, "recipes": [{k: v for k, v in row.items() if k not in hidden} for row in rows]})
+        print_json({"schema": 1, "recipes": rows})
         return
     print_table(
         ("RECIPE", "TARGET", "STATUS", "OWNER", "WHY"),
@@ -47,7 +46,7 @@ def list_command(model: str | None, ready: bool, as_json: bool, setup: Setup) ->
 
 def recipes(setup: Setup) -> Iterator[dict[str, Any]]:
     """One row a combination; the status is computed from this machine and from what the pair supports."""
-    built = built_labels(setup)
+    built = {(manifest.get("ref"), manifest.get("target")) for _, manifest in setup.store.artifacts("engines")}
     pairs = list(_pairs(setup))
     for model in setup.registry.models.entries.values():
         fetched = setup.locate(model) is not None
@@ -56,9 +55,9 @@ def recipes(setup: Setup) -> Iterator[dict[str, Any]]:
                 status, reason = "unsupported", f"no family named {model.family!r}"
             elif status == "ready" and not fetched:
                 status, reason = "missing", "checkpoint not fetched"
-            label = f"{refs.label(model.name)}-{precision.name}-{engine.name}-{target}"
+            ref = f"{model.name}:{precision.name}@{engine.name}"
             yield {
-                "ref": f"{model.name}:{precision.name}@{engine.name}",
+                "ref": ref,
                 "model": model.name,
                 "family": model.family,
                 "precision": precision.name,
@@ -68,7 +67,7 @@ def recipes(setup: Setup) -> Iterator[dict[str, Any]]:
                 "status": status,
                 "reason": reason,
                 "source": model.source[0],
-                "built": label in built,
+                "built": (ref, target) in built,
             }
 
 
@@ -85,11 +84,6 @@ def _pairs(setup: Setup) -> Iterator[tuple[Precision, Engine, str, str, str]]:
                 yield precision, engine, target, "missing", lacking.message
             else:
                 yield precision, engine, target, "ready", ""
-
-
-def built_labels(setup: Setup) -> set[str]:
-    """Names of all built engines, without their keys."""
-    return {folder.name.rpartition("-")[0] for folder, _ in setup.store.artifacts("engines")}
 
 
 def warn_of_problems(setup: Setup) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,16 @@ def _remove(folder: Path) -> None:
     if folder.is_symlink():
         folder.unlink()
         return
-    doomed = folder.with_name(f".tmp-{folder.name.removeprefix('.tmp-')}")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    doomed = folder.with_name(f".tmp-{folder.name.removeprefix('.tmp-')}-{os.urandom(4).hex()}")
+    try:
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+    except FileNotFoundError:  # another process was faster
+        pass
+    except OSError as error:
+        raise MachineError(
+            f"{folder} cannot be removed: {error.strerror}", "look at its owner and permissions"
+        ) from None
 
 
 @click.command("gc")
@@ -137,6 +145,9 @@ def unreferenced(setup: Setup) -> list[tuple[Path, int]]:
     """What can go: garbage; then what no engine, and no checkpoint that stays, has as an input."""
     store = setup.store
     doomed = store.garbage()
+    if store.is_busy():  # a build may be about to use what no engine refers to yet
+        click.echo("something is being built: checkpoints and sources stay", err=True)
+        return [(path, size_of(path) if not path.is_symlink() else 0) for path in doomed]
     wanted = _inputs([manifest for _, manifest in store.artifacts("engines")])
     wanted |= {key for folder, manifest in store.artifacts("sources") for key in _downloaded(folder, manifest)}
     for place in ("checkpoints", "sources"):

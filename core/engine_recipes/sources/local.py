@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from . import layout
-from .spec import COMMIT, Located, Source
+from .spec import COMMIT, GGUF_CONVERTER, Located, Source
 
 #: Written last into an unpacked wheel's folder: with it the folder is complete.
 MANIFEST = "manifest.json"
@@ -30,7 +30,7 @@ def locate(source: Source, workspace: Path) -> Located | None:
 def wheel_folder(source: Source, workspace: Path) -> Path:
     """WORKSPACE/sources/<name>-<version>-<first 8 digits of the wheel's sha256>"""
     name = source.name.replace("==", "-").lower()
-    return workspace.absolute() / "sources" / f"{name}-{(source.sha256 or '')[:8]}"
+    return workspace.absolute() / "sources" / f"{name}-{(source.sha256 or '')[:8]}-gguf{GGUF_CONVERTER}"
 
 
 def repository(source: Source) -> Path:

@@ -147,7 +147,7 @@ def _pip_failed(source: Source, output: str) -> RecipesError:
     errors = [line.removeprefix("ERROR: ") for line in output.splitlines() if line.startswith("ERROR")]
     lines = errors or output.strip().splitlines() or ["it says nothing"]
     return MachineError(
-        f"pip cannot download {source.name}: {lines[-1].strip()}", "run again with -v to see its output"
+        f"pip cannot download {source.name}: {lines[-1].strip()}", "run `recipes fetch -v` to see its output"
     )
 
 

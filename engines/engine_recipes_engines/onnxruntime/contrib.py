@@ -43,6 +43,7 @@ class ContribOps:
     def __init__(self, graph: Graph, weights: Checkpoint, compute: str, positions: int, tied: bool) -> None:
         self.graph = graph
         self.weights = weights
+        self._names = frozenset(weights.names())
         self.compute = compute
         self.decoder: Decoder = weights.decoder
         self.tied = tied
@@ -95,7 +96,7 @@ class ContribOps:
 
     def linear(self, x: str, name: str) -> str:
         """x · weightᵀ + bias, where there is a bias. [B, S, in] -> [B, S, out]"""
-        biased = f"{name}.bias" in self.weights.names()
+        biased = f"{name}.bias" in self._names
         product = f"{name}.product" if biased else name
         # weights are [out, in] and stay so: transB reads them as they lie
         self.graph.node("FusedMatMul", [x, self._matrix(name)], product, MICROSOFT, transB=1)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,14 @@ def misbehave(context) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(context.out / "half.bin"))
     if mode == "orphan":
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)  # orphan of the toy"])
+    if mode == "fork" and os.fork() == 0:  # the child keeps all pipes open
+        os.setsid()
+        time.sleep(15)
+        os._exit(0)
+    if mode == "fork and die":
+        if os.fork() == 0:
+            time.sleep(600)
+        os.kill(os.getpid(), signal.SIGKILL)
     if mode == "sleep":
         events.warn(f"sleeping in {os.getpid()}")
         time.sleep(600)
