@@ -127,9 +127,15 @@ def test_settings_come_from_model_user_and_command_line_and_say_so(registry: Reg
     Path("registry.toml").write_text('[models."smollm2-135m".settings]\n"build.max_seq_len" = 1024\n')
     changed = load()
     setting = plan(changed).stage("stage2").settings["max_seq_len"]
-    assert (setting.value, setting.origin) == (1024, "smollm2-135m (engine-recipes 0.1.0)")
+    assert (setting.value, setting.origin) == (1024, "smollm2-135m (this project's registry.toml)")
     setting = plan(changed, settings={"build.max_seq_len": "99"}).stage("stage2").settings["max_seq_len"]
     assert (setting.value, setting.origin) == (99, "--set")
+
+
+def test_a_setting_of_the_wrong_type_is_refused_with_whose_it_is(registry: Registry) -> None:
+    Path("registry.toml").write_text('[models."smollm2-135m".settings]\ntp_size = "two"\n')
+    with pytest.raises(RequestError, match=r"tp_size = 'two' in the settings of smollm2-135m \(this project's"):
+        plan(load())
 
 
 def test_plans_are_plain_data(registry: Registry) -> None:

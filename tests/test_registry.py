@@ -124,6 +124,12 @@ def test_a_file_that_cannot_be_read_is_a_problem_of_its_package(
     assert problem in found.text
 
 
+def test_a_setting_that_no_option_has_is_an_error() -> None:
+    Path("registry.toml").write_text('[models."qwen2.5-7b".settings]\n"build.max_seq_lenn" = 3\n')
+    with pytest.raises(RequestError, match=r'"build\.max_seq_lenn": unknown; did you mean build\.max_seq_len\?'):
+        load()
+
+
 def test_a_missing_project_file_is_said() -> None:
     with pytest.raises(RequestError, match=r"no file nowhere\.toml"):
         load(Path("nowhere.toml"))

@@ -13,7 +13,7 @@ from .errors import MachineError, RequestError, did_you_mean
 from .facts import Facts
 from .keys import key_of
 from .refs import label
-from .registry import Engine, Family, Model, Option, Precision, Registry, StageEntry
+from .registry import Engine, Entry, Family, Model, Option, Precision, Registry, StageEntry
 from .sources import Located
 from .store import PLACES, Slot
 from .types import HF_CHECKPOINT, Provider, Ref, StageName, Value
@@ -262,8 +262,9 @@ class _Stages:
             setting = Setting(option.default, str(entry.origins.get("options", entry.owner)), option.help)
             for source in (self.precision, self.engine, self.family, self.model):
                 if prefix + name in source.settings:
-                    value = _checked(prefix + name, option, source.settings[prefix + name])
-                    setting = Setting(value, f"{source.name} ({source.owner})", option.help)
+                    value = _checked(prefix + name, option, _typed(prefix + name, option, source))
+                    owner = source.origins.get("settings", source.owner)
+                    setting = Setting(value, f"{source.name} ({owner})", option.help)
             if prefix + name in self.given:
                 value = _checked(prefix + name, option, _read(prefix + name, option, self.given[prefix + name]))
                 setting = Setting(value, SET, option.help)
@@ -273,6 +274,21 @@ class _Stages:
 
 def _provider(kind: Any, entry: Family | Precision | Engine) -> Provider:
     return Provider(kind, entry.name, entry.module, entry.owner.package, entry.owner.version)
+
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+
+
+def _typed(key: str, option: Option, source: Entry) -> Value:
+    """A setting of the registry, in the type of the option's default."""
+    value, kind = source.settings[key], type(option.default)
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        owner = source.origins.get("settings", source.owner)
+        raise RequestError(
+            f"{key} = {value!r} in the settings of {source.name} ({owner}): must be {_WORDS[kind]}",
+            option.help or f"default: {option.default}",
+        )
+    return kind(value)
 
 
 def _read(key: str, option: Option, text: str) -> Value:
@@ -286,7 +302,7 @@ def _read(key: str, option: Option, text: str) -> Value:
             raise ValueError(text)
         return value
     except (ValueError, KeyError):
-        kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(option.default)]
+        kind = _WORDS[type(option.default)]
         raise RequestError(f"--set {key}={text}: must be {kind}", option.help or f"default: {option.default}") from None
 
 

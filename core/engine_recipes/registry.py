@@ -312,6 +312,7 @@ def merge(fragments: Iterable[Fragment], problems: Iterable[Problem] = ()) -> Re
         problems=tuple(merger.problems),
         owners=tuple(f.owner for f in fragments),
     )
+    merger.check_settings(registry)
     if merger.local:
         lines = "\n  ".join(merger.local)
         count = len(merger.local)
@@ -356,6 +357,18 @@ class _Merger:
                 elif not fragment.installed or name not in result:
                     result[name] = ref
         return result
+
+    def check_settings(self, registry: Registry) -> None:
+        """Every setting must name an option that some precision or engine has."""
+        known = {name for entry in registry.precisions.entries.values() for name in entry.options}
+        known |= {f"build.{name}" for entry in registry.engines.entries.values() for name in entry.options}
+        for names in (registry.families, registry.models, registry.precisions, registry.engines):
+            for name, entry in names.entries.items():
+                owner = entry.origins.get("settings", entry.owner)
+                for key in entry.settings:
+                    if key not in known:
+                        path = f"{names.kind}.{quote(name)}.settings.{quote(key)}"
+                        self.complain(owner, f"{path}: unknown{suggest(key, known)}")
 
     def kind(self, kind: str, cls: type[E]) -> tuple[dict[str, E], dict[str, RequestError]]:
         entries: dict[str, E] = {}
