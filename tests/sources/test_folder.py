@@ -181,3 +181,12 @@ def test_long_reads_report_progress(checkpoint: Path, monkeypatch: pytest.Monkey
     with events.sink(seen.append):
         tree_identity(checkpoint)
     assert seen and seen[-1]["total"] == sum((checkpoint / name).stat().st_size for name in folder.relevant(checkpoint))
+
+
+def test_a_part_of_a_repository_is_not_the_whole_of_it(checkpoint: Path) -> None:
+    before = folder.names_digest(checkpoint)
+    (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
+    assert folder.names_digest(checkpoint) != before
+    (checkpoint / "notes.txt").write_text("")
+    (checkpoint / "chat_template.jinja").unlink()
+    assert folder.names_digest(checkpoint) == before

@@ -62,14 +62,15 @@ def test_the_default_branch_is_found(tmp_path: Path, own_hub_cache: Path) -> Non
     found = locate(SPECS, tmp_path)
     assert found is not None
     assert (found.folder, found.revision) == (folder, COMMIT)
-    assert found.identity == f"hf:org/model@{COMMIT}"
+    assert found.identity.startswith(f"hf:org/model@{COMMIT}#beside=")
 
 
 def test_a_tag_and_a_pinned_commit_are_found(tmp_path: Path, own_hub_cache: Path) -> None:
     snapshot(own_hub_cache, OLD_COMMIT, ref="v1")
     by_tag, by_commit = locate(["hf:org/model@v1"], tmp_path), locate([f"hf:org/model@{OLD_COMMIT}"], tmp_path)
     assert by_tag is not None and by_commit is not None
-    assert by_tag.identity == by_commit.identity == f"hf:org/model@{OLD_COMMIT}"
+    assert by_tag.identity == by_commit.identity
+    assert by_tag.identity.startswith(f"hf:org/model@{OLD_COMMIT}#")
     assert locate(SPECS, tmp_path) is None
 
 
@@ -130,7 +131,7 @@ def test_wanted_files_are_downloaded_and_nothing_else(hub: FakeHub, tmp_path: Pa
     beside = {"config.json", "tokenizer.json", "generation_config.json", "model.safetensors.index.json"}
     assert names == {*beside, *SHARDS}
     assert all((found.folder / name).read_bytes() == hub.files[name] for name in names)
-    assert found.identity == f"hf:org/model@{COMMIT}"
+    assert found.identity.startswith(f"hf:org/model@{COMMIT}#beside=")
     assert asked == [(f"org/model from {hub.url[7:]}, 6 files", sum(len(hub.files[name]) for name in names))]
     assert seen[-1]["event"] == "progress" and seen[-1]["done"] == seen[-1]["total"] == asked[0][1]
 

