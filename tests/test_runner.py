@@ -189,7 +189,14 @@ def orphans() -> list[int]:
 
 def sleeping_build() -> tuple[subprocess.Popen[str], int]:
     """A build whose stage sleeps, and the pid of its worker."""
-    process = subprocess.Popen(command("build", REF), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command("build", REF),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # whoever runs the tests in the background may have told them to ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if "sleeping in" in line:
