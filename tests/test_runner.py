@@ -264,6 +264,6 @@ def test_a_verdict_is_stored_with_the_key_it_was_given_for(toy_model: Path) -> N
     assert engine is not None
     assert gate.read(engine) == build.report
     stage = build.plan.stage("validate")
-    assert runner.status(stage, api.open_setup().store, engine) == engine
+    assert runner.status(build.plan, stage, api.open_setup().store, engine) == engine
     (engine / "validation.json").write_text("{}")
-    assert runner.status(stage, api.open_setup().store, engine) is None
+    assert runner.status(build.plan, stage, api.open_setup().store, engine) is None

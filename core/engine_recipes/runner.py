@@ -82,10 +82,15 @@ class How:
     force: bool = False
 
 
-def status(stage: Stage, store: Store, engine: Path | None = None) -> Path | None:
+def status(plan: Plan, stage: Stage, store: Store, engine: Path | None = None) -> Path | None:
     """Where the stage's result is, if it is there already. For validate: the engine's folder, if it was judged."""
     if stage.slot is not None:
-        return store.get(stage.slot)
+        folder = store.get(stage.slot)
+        if folder and stage.name == "resolve" and plan.located:
+            # the same contents may lie elsewhere by now, and other contents where they lay
+            known = read_json(folder / "source.json").get("folder")
+            return folder if known == str(plan.located.folder.absolute()) else None
+        return folder
     if stage.name == "validate" and engine and stage.key and gate.read(engine, stage.key):
         return engine
     return None
@@ -161,12 +166,7 @@ class _Walk:
         self.artifacts.insert(0, Artifact(stage.gives, folder, stage.key))
 
     def hit(self, stage: Stage) -> Path | None:
-        folder = self.store.get(stage.slot) if stage.slot and not self.how.force else None
-        if folder and stage.name == "resolve" and self.plan.located:
-            # the same contents may lie elsewhere by now, and other contents where they lay
-            known = read_json(folder / "source.json").get("folder")
-            return folder if known == str(self.plan.located.folder.absolute()) else None
-        return folder
+        return None if self.how.force else status(self.plan, stage, self.store)
 
     def keep(self, stage: Stage, folder: Path) -> None:
         manifest = read_manifest(folder) or {}

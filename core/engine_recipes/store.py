@@ -125,9 +125,13 @@ class Store:
 
     def unlink(self, engine: Path) -> None:
         """Take the plain name away from this engine, if it has it."""
+        if self.is_published(engine):
+            self.plain(engine).unlink()
+
+    def is_published(self, engine: Path) -> bool:
+        """Whether the plain name points to this engine."""
         plain = self.plain(engine)
-        if plain.is_symlink() and plain.resolve() == engine.resolve():
-            plain.unlink()
+        return plain.is_symlink() and plain.resolve() == engine.resolve()
 
     def plain(self, engine: Path) -> Path:
         """The plain name of an engine folder."""

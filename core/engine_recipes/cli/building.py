@@ -97,7 +97,7 @@ def planned(setup: Setup, plan: Plan) -> list[dict[str, Any]]:
     rows = []
     engine = None
     for stage in plan.stages:
-        path = runner.status(stage, setup.store, engine)
+        path = runner.status(plan, stage, setup.store, engine)
         engine = path if stage.name == "stage2" else engine
         blocked = plan.blocked is not None and path is None
         reason = f"{plan.blocked.message}; {plan.blocked.hint}" if plan.blocked and blocked else ""

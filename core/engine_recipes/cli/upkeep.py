@@ -51,7 +51,6 @@ def engines_command(as_json: bool, setup: Setup) -> None:
 def _row(store: Store, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     report = gate.read(folder)
     verdict = report.verdict if report else "not run"
-    plain = store.plain(folder)
     return {
         "name": folder.name,
         "ref": manifest.get("ref", ""),
@@ -59,7 +58,7 @@ def _row(store: Store, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]
         "set": manifest.get("set", {}),
         "status": {"not run": "unverified", "fail": "rejected", "warn": "verified, warnings"}.get(verdict, "verified"),
         "verdict": verdict,
-        "published": plain.is_symlink() and plain.resolve() == folder.resolve(),
+        "published": store.is_published(folder),
         "bytes": size_of(folder),
         "created": manifest.get("created", ""),
         "path": str(folder),
@@ -81,10 +80,9 @@ def rm_command(name: str, yes: bool, setup: Setup) -> None:
         return
     if store.is_locked("engines", folder.name):
         raise MachineError(f"{folder.name} is being built or judged", "wait for that, or stop it")
-    plain = store.plain(folder)
-    if plain.is_symlink() and plain.resolve() == folder.resolve():
+    if store.is_published(folder):
         store.unlink(folder)
-        newest = _newest_passed(store, plain, folder)
+        newest = _newest_passed(store, store.plain(folder), folder)
         if newest:
             store.link(newest)
     _remove(folder)
