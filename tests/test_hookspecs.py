@@ -16,7 +16,15 @@ HOOKS = {
 
 
 def test_the_hooks_are_the_promised_ones() -> None:
-    assert set(HOOKS) == {"resolve_checkpoint", "stage1", "stage2", "validate", "load_engine"}
+    assert set(HOOKS) == {
+        "resolve_checkpoint",
+        "check_decoder",
+        "calibrate",
+        "stage1",
+        "stage2",
+        "validate",
+        "load_engine",
+    }
 
 
 @pytest.mark.parametrize("name", HOOKS)

@@ -141,3 +141,69 @@ def test_a_setting_of_the_wrong_type_is_refused_with_whose_it_is(registry: Regis
 def test_plans_are_plain_data(registry: Registry) -> None:
     assert plan(registry) == plan(registry)
     assert plan(registry).ref == Ref("smollm2-135m", "fp16", "onnxruntime")
+
+
+def test_a_calibration_is_a_stage_with_a_key_of_its_own(registry: Registry) -> None:
+    base = plan(registry, "smollm2-135m:weighed@echo")
+    assert [stage.name for stage in base.stages] == ["resolve", "calibrate", "stage1", "stage2", "validate"]
+    calibrate = base.stage("calibrate")
+    assert str(calibrate.provider).startswith("calibration weigh (engine-recipes-toy")
+    assert calibrate.slot is not None and calibrate.slot.place == "calibrations"
+    assert set(calibrate.options) == {"data", "pace", "tp_size"}
+
+    def kept(other: Plan) -> bool:
+        assert other.stage("stage1").key != base.stage("stage1").key
+        return other.stage("calibrate").key == calibrate.key
+
+    assert kept(plan(registry, "smollm2-135m:weighed@echo", settings={"style": "long"}))
+    assert kept(plan(registry, "smollm2-135m:weighed-twice@echo"))
+    assert not kept(plan(registry, "smollm2-135m:weighed@echo", settings={"tp_size": "2"}))
+    fast = plan(registry, "smollm2-135m:weighed@echo", settings={"calib.pace": "9"})
+    assert fast.stage("stage1").key == base.stage("stage1").key
+    assert fast.given == {"calib.pace": 9}
+
+
+def test_what_counts_of_data_is_its_content(registry: Registry, tmp_path: Path) -> None:
+    def key(name: str, text: str) -> str:
+        (tmp_path / name).write_text(text)
+        made = plan(registry, "smollm2-135m:weighed@echo", settings={"calib.data": str(tmp_path / name)})
+        return made.stage("calibrate").key
+
+    assert key("a.txt", "words") == key("b.txt", "words") != key("c.txt", "other words")
+
+
+def test_data_that_cannot_be_had_blocks_and_data_that_is_none_is_refused(registry: Registry) -> None:
+    blocked = plan(registry, "smollm2-135m:weighed@echo", settings={"calib.data": "hf:org/not-here"})
+    assert blocked.blocked is not None and "calib.data: " in blocked.blocked.message
+    assert blocked.stage("calibrate").key == blocked.stage("stage1").key == ""
+    with pytest.raises(RequestError, match=r"calib\.data: .*nowhere\.txt"):
+        plan(registry, "smollm2-135m:weighed@echo", settings={"calib.data": "nowhere.txt"})
+    with pytest.raises(RequestError, match=r"no option 'calib\.data' here"):
+        plan(registry, "smollm2-135m:plain@echo", settings={"calib.data": "nowhere.txt"})
+
+
+@pytest.mark.parametrize(
+    ("versions", "message"),
+    [
+        ({}, "needs nvidia-modelopt>=0.47,<0.49, not installed here"),
+        ({"nvidia-modelopt": "0.37.0"}, "needs nvidia-modelopt>=0.47,<0.49, here is 0.37.0"),
+        ({"nvidia-modelopt": "0.49.0"}, "needs nvidia-modelopt>=0.47,<0.49, here is 0.49.0"),
+    ],
+)
+def test_a_modelopt_that_is_missing_or_of_another_version_is_said_with_the_command_that_installs_it(
+    registry: Registry, versions: dict[str, str], message: str
+) -> None:
+    rest = {"torch": "2.13", "transformers": "5.23", "accelerate": "1.15"}
+    made = plan(registry, "smollm2-135m:fp8", facts=replace(CPU, versions={**CPU.versions, **rest, **versions}))
+    assert made.blocked is not None
+    assert message in made.blocked.message and "fp8 (calibration amax)" in made.blocked.message
+    assert made.blocked.hint == "pip install 'engine-recipes[modelopt]'"
+
+
+def test_a_calibration_that_nobody_has_is_an_error_with_a_suggestion(registry: Registry) -> None:
+    lost = replace(registry.precisions["weighed"], calibration="weight")
+    entries = {**registry.precisions.entries, "weighed": lost}
+    broken = replace(registry, precisions=replace(registry.precisions, entries=entries))
+    with pytest.raises(RequestError, match="no calibration named 'weight'") as caught:
+        plan(broken, "smollm2-135m:weighed@echo")
+    assert "weigh" in caught.value.hint

@@ -11,9 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+import tiny
 from conftest import Recipes, command
-from engine_recipes import api, gate, history, runner
-from engine_recipes.errors import MachineError, Rejected, StageFailed
+from engine_recipes import api, gate, history, runner, testing
+from engine_recipes.errors import MachineError, Rejected, RequestError, StageFailed
 from engine_recipes.events import Event
 from engine_recipes.runner import How
 
@@ -267,3 +268,46 @@ def test_a_verdict_is_stored_with_the_key_it_was_given_for(toy_model: Path) -> N
     assert runner.status(build.plan, stage, api.open_setup().store, engine) == engine
     (engine / "validation.json").write_text("{}")
     assert runner.status(build.plan, stage, api.open_setup().store, engine) is None
+
+
+def test_a_calibration_is_kept_for_other_choices_and_other_precisions(toy_model: Path) -> None:
+    def statuses(ref: str, **settings: str) -> dict[str, str]:
+        return {s.name: s.status for s in api.build(ref, settings=settings).stages}
+
+    assert statuses("./toy-model:weighed@echo")["calibrate"] == "run"
+    other = statuses("./toy-model:weighed@echo", style="long")
+    assert (other["calibrate"], other["stage1"]) == ("cached", "run")
+    twice = statuses("./toy-model:weighed-twice@echo")
+    assert (twice["calibrate"], twice["stage1"]) == ("cached", "run")
+
+
+def test_a_crash_while_writing_does_not_calibrate_again(toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY", "stage1 raise")
+    build = runner.run(api.plan("./toy-model:weighed@echo"), api.open_setup().store, How(), lambda event: None)
+    assert build.status == "failed"
+    monkeypatch.delenv("TOY")
+    again = api.build("./toy-model:weighed@echo")
+    assert [(s.name, s.status) for s in again.stages][:3] == [
+        ("resolve", "cached"),
+        ("calibrate", "cached"),
+        ("stage1", "run"),
+    ]
+    stage1 = again.path("stage1")
+    assert stage1 is not None and json.loads((stage1 / "weights.json").read_text())["weight"] == 2
+
+
+def test_what_a_provider_refuses_is_said_before_any_long_work(toy: None, own_world: Path) -> None:
+    model = tiny.write(own_world / "here" / "flat", "llama", architectures=["ToyForCausalLM"], num_hidden_layers=1)
+    testing.write_tokenizer(model)
+    for _ in range(2):  # also when the source was resolved before
+        with pytest.raises(RequestError, match=r"one layer is too few, with \{'data': .*'tp_size': 3"):
+            api.build("./flat:weighed@echo", settings={"tp_size": "3"})
+    store = api.open_setup().store
+    assert not store.artifacts("calibrations") and len(store.artifacts("sources")) == 1
+    assert api.build("./flat:plain@echo").status == "built"
+
+
+def test_until_calibrate_stops_there(toy_model: Path) -> None:
+    build = api.build("./toy-model:weighed@echo", how=How(until="calibrate"))
+    assert [s.name for s in build.stages] == ["resolve", "calibrate"]
+    assert [s.name for s in api.build(REF, how=How(until="calibrate")).stages] == ["resolve"]

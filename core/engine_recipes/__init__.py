@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         StageFailed as StageFailed,
     )
     from .hookspecs import hookimpl as hookimpl
+    from .sources.texts import read_texts as read_texts
     from .space import require_room as require_room
     from .tokenizer import Tokenizer as Tokenizer
     from .types import (
@@ -49,6 +50,7 @@ _HOME = {
     "RequestError": "errors",
     "StageFailed": "errors",
     "hookimpl": "hookspecs",
+    "read_texts": "sources.texts",
     "require_room": "space",
     "Tokenizer": "tokenizer",
     "Artifact": "types",

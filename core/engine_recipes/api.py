@@ -50,8 +50,7 @@ class Setup:
     @cached_property
     def facts(self) -> Facts:
         """This machine, with the versions of all that any entry requires."""
-        entries = [*self.registry.precisions.entries.values(), *self.registry.engines.entries.values()]
-        wanted = [r for entry in entries for r in entry.requires]
+        wanted = [r for entry in self.registry.stage_entries for r in entry.requires]
         wanted += [r for e in self.registry.engines.entries.values() for rs in e.target_requires.values() for r in rs]
         return machine.read(wanted)
 

@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 
 from .errors import MachineError, RequestError
 from .facts import Facts, within
-from .registry import Engine, Model, Precision, Registry
+from .registry import Calibration, Engine, Model, Precision, Registry
 from .space import human_bytes
 from .types import HF_CHECKPOINT
 
@@ -32,14 +32,18 @@ def unsupported(precision: Precision, engine: Engine, target: str) -> tuple[str,
     return "", ""
 
 
-def lacking(precision: Precision, engine: Engine, target: str, facts: Facts) -> MachineError | None:
+def lacking(
+    calibration: Calibration | None, precision: Precision, engine: Engine, target: str, facts: Facts
+) -> MachineError | None:
     """What has to be installed before this pair can be built here; None if nothing has."""
-    for entry, requires in ((precision, precision.requires), (engine, requirements(engine, target))):
+    first = [(calibration, calibration.requires)] if calibration else []
+    for entry, requires in (*first, (precision, precision.requires), (engine, requirements(engine, target))):
         missing = facts.missing(requires)
         if missing:
             hint = entry.install if set(missing) <= set(facts.missing(entry.requires)) else ""
             hint = hint or f"pip install {' '.join(repr(m) for m in missing)}"
-            return MachineError(f"{entry.name} needs {', '.join(missing)}, not installed here", hint)
+            who = f"{precision.name} (calibration {entry.name})" if entry is calibration else entry.name
+            return MachineError(f"{who} needs {', '.join(map(facts.described, missing))}", hint)
     return None
 
 

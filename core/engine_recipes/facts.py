@@ -49,6 +49,11 @@ class Facts:
         """The requirements that are not met, first alternatives only."""
         return [r.partition("|")[0].strip() for r in requirements if not self.meets(r)]
 
+    def described(self, requirement: str) -> str:
+        """A requirement that is not met, and what there is instead."""
+        version = self.versions.get(distribution(requirement))
+        return f"{requirement}, here is {version}" if version else f"{requirement}, not installed here"
+
     def tools(self, requirements: Iterable[str]) -> dict[str, str]:
         """Distribution -> version, for what is installed of the requirements."""
         names = {distribution(a) for r in requirements for a in r.split("|")}
@@ -62,10 +67,12 @@ class Facts:
 
 def within(version: str, wanted: str) -> bool:
     """Whether a version meets a specifier such as `>=1.23,<2` (PEP 440); pre-releases count."""
-    lowest = re.fullmatch(r"\s*>=\s*(\d+(?:\.\d+)*)\s*", wanted)
-    if lowest and re.fullmatch(r"\d+(\.\d+)*", version):  # nearly always: no need to import a parser for `list`
-        have, need = ([int(n) for n in text.split(".")] for text in (version, lowest[1]))
-        return have + [0] * (len(need) - len(have)) >= need
+    bounds = re.fullmatch(r"\s*>=\s*(\d+(?:\.\d+)*)\s*(?:,\s*<\s*(\d+(?:\.\d+)*)\s*)?", wanted)
+    if bounds and re.fullmatch(r"\d+(\.\d+)*", version):  # nearly always: no need to import a parser for `list`
+        have, low, high = (tuple(int(n) for n in (text or "0").split(".")) for text in (version, bounds[1], bounds[2]))
+        length = max(len(have), len(low), len(high))
+        have, low, high = (numbers + (0,) * (length - len(numbers)) for numbers in (have, low, high))
+        return have >= low and (bounds[2] is None or have < high)
     from packaging.specifiers import SpecifierSet
 
     return SpecifierSet(wanted).contains(version, prereleases=True)

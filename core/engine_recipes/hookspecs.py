@@ -44,6 +44,47 @@ def resolve_checkpoint(context: StageContext, config: Mapping[str, Any]) -> Deco
 
 
 @hookspec
+def check_decoder(context: StageContext, decoder: Decoder) -> None:
+    """Refuse early what can never work. Called on the calibration, the precision and the engine, before long work.
+
+    Args:
+        context: of the provider's own stage: its options and the target. It has no inputs yet, and nothing is written.
+        decoder: what the family said the model is.
+
+    Example:
+        ```python
+        from engine_recipes import RequestError, hookimpl
+
+        @hookimpl
+        def check_decoder(decoder) -> None:
+            if decoder.head_size % 8:
+                raise RequestError(f"heads of {decoder.head_size}", "choose another engine")
+        ```
+    """
+
+
+@hookspec
+def calibrate(context: StageContext) -> None:
+    """Measure what stage 1 needs to know beside the weights. Called on the calibration that the precision names.
+
+    Write an artifact of the kind that the registry entry `gives` into `context.out`; for `calibration` that is what
+    `checkpoint.write_statistics` writes. It is kept under a key of its own: neither another choice in stage 1 nor
+    another precision that names the same calibration measures again.
+
+    Example:
+        ```python
+        from engine_recipes import checkpoint, hookimpl, read_texts
+
+        @hookimpl
+        def calibrate(context) -> None:
+            source = checkpoint.open_source(context.input("hf-checkpoint"))
+            amax = measure_somehow(source, read_texts(str(context.options["data"])))
+            checkpoint.write_statistics(context.out, amax, {"method": "mine"})
+        ```
+    """
+
+
+@hookspec
 def stage1(context: StageContext) -> None:
     """Convert or quantize. Called on the precision, in a worker.
 

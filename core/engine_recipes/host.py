@@ -55,6 +55,14 @@ class Host:
             raise _unusable(provider, f"resolve_checkpoint returned {type(decoder).__name__}, not Decoder")
         return decoder
 
+    def check_decoder(self, provider: Provider, context: StageContext, decoder: Decoder) -> None:
+        """Let a provider refuse the model, if it has something to refuse."""
+        self._one("check_decoder", provider, optional=True)(context=context, decoder=decoder)
+
+    def calibrate(self, provider: Provider, context: StageContext) -> None:
+        """Have a calibration measure the model."""
+        self._one("calibrate", provider)(context=context)
+
     def stage1(self, provider: Provider, context: StageContext) -> None:
         """Have a precision write a checkpoint."""
         self._one("stage1", provider)(context=context)
@@ -73,18 +81,18 @@ class Host:
         answers = self._manager.hook.validate(context=context)
         return [check for answer in reversed(answers) for check in answer or ()]
 
-    def _one(self, hook: str, provider: Provider) -> Callable[..., Any]:
+    def _one(self, hook: str, provider: Provider, optional: bool = False) -> Callable[..., Any]:
         """The hook of one provider alone: pluggy would call every plugin and answer with the last registered."""
         self.load(provider)
         others = [p for name, p in self._manager.list_name_plugin() if name != provider.module]
         caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
-        if not caller.get_hookimpls():
+        if not caller.get_hookimpls() and not optional:
             raise _unusable(provider, f"{provider.module} has no `@hookimpl def {hook}`")
 
         return lambda **arguments: _first(caller(**arguments))
 
 
-_HOOKS = ("resolve_checkpoint", "stage1", "stage2", "validate", "load_engine")
+_HOOKS = ("resolve_checkpoint", "check_decoder", "calibrate", "stage1", "stage2", "validate", "load_engine")
 
 
 def _first(results: list[Any]) -> Any:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,28 +11,24 @@ from .availability import default_engine, default_target, lacking, not_fetched, 
 from .errors import MachineError, RequestError, did_you_mean
 from .facts import Facts
 from .keys import key_of
+from .options import SET, Setting, settle
 from .refs import label
-from .registry import Engine, Entry, Family, Model, Option, Precision, Registry, StageEntry
-from .sources import Located
+from .registry import Calibration, Engine, Family, Model, Option, Precision, Registry, StageEntry
+from .sources import Located, texts
 from .store import PLACES, Slot
 from .types import HF_CHECKPOINT, Provider, Ref, StageName, Value
 
 #: Raise when keys must change although no version did: what a stage writes has another meaning.
 KEY_FORMAT = 1
-STAGES: tuple[StageName, ...] = ("resolve", "stage1", "stage2", "validate")
-#: The origin of a setting that the command line gave.
-SET = "--set"
+STAGES: tuple[StageName, ...] = ("resolve", "calibrate", "stage1", "stage2", "validate")
 #: How the options of a stage are written in `--set`.
-PREFIXES: Mapping[str, str] = {"resolve": "", "stage1": "", "stage2": "build.", "validate": "gate."}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One option's value and where it came from."""
-
-    value: Value
-    origin: str
-    help: str = ""
+PREFIXES: Mapping[str, str] = {
+    "resolve": "",
+    "calibrate": "calib.",
+    "stage1": "",
+    "stage2": "build.",
+    "validate": "gate.",
+}
 
 
 @dataclass(frozen=True)
@@ -77,6 +72,7 @@ class Plan:
     ref: Ref
     model: Model
     family: Family
+    calibration: Calibration | None
     precision: Precision
     engine: Engine
     target: str
@@ -94,14 +90,14 @@ class Plan:
         return " ".join(words)
 
     @property
+    def settings(self) -> dict[str, Setting]:
+        """Every option of every stage, by its name in `--set`."""
+        return {setting.key: setting for stage in self.stages for setting in stage.settings.values()}
+
+    @property
     def given(self) -> dict[str, Value]:
         """Options that `--set` gave, by the name they have there."""
-        return {
-            PREFIXES[stage.name] + name: setting.value
-            for stage in self.stages
-            for name, setting in stage.settings.items()
-            if setting.origin == SET
-        }
+        return {key: setting.value for key, setting in self.settings.items() if setting.origin == SET}
 
     def stage(self, name: StageName) -> Stage:
         """The stage of that name."""
@@ -117,6 +113,7 @@ def make(
     *,
     target: str | None = None,
     settings: Mapping[str, str] | None = None,
+    identify: Callable[[str], str] = lambda spec: texts.locate(spec).identity,
 ) -> Plan:
     """Decide everything.
 
@@ -126,12 +123,14 @@ def make(
         located: the checkpoint on this machine, or None if it has to be fetched.
         target: `cpu`, `sm89` …; None chooses.
         settings: `--set`, key -> text.
+        identify: gives the digest of the data that an option names.
 
     Raises:
-        RequestError: unknown name, unknown or bad option, a pair that cannot work.
+        RequestError: unknown name, unknown or bad option, a pair that cannot work, data that is none.
     """
     family = registry.families[model.family]
     precision = registry.precisions[ref.precision or registry.defaults.precision]
+    calibration = registry.calibration_of(precision)
     engine = registry.engines[ref.engine or default_engine(registry, precision, facts, target)]
     where = target or default_target(engine, facts)
     reason, hint = unsupported(precision, engine, where)
@@ -146,96 +145,144 @@ def make(
         )
         if not given
     ]
-    stages = _Stages(facts, family, precision, engine, model, where, dict(settings or {}), located)
+    entries = _Entries(family, calibration, precision, engine, model)
+    stages = _Stages(entries, facts, where, located, dict(settings or {}), identify)
+    made = stages.all()
+    blocked = lacking(calibration, precision, engine, where, facts) or stages.lacking_data
     return Plan(
         ref=Ref(ref.model, precision.name, engine.name),
         model=model,
         family=family,
+        calibration=calibration,
         precision=precision,
         engine=engine,
         target=where,
         located=located,
-        stages=stages.all(),
+        stages=made,
         chosen=tuple(chosen),
-        blocked=lacking(precision, engine, where, facts) or (not_fetched(model) if located is None else None),
+        blocked=blocked or (not_fetched(model) if located is None else None),
     )
 
 
 @dataclass(frozen=True)
-class _Stages:
-    """Makes the stages of one plan."""
+class _Entries:
+    """What a reference names."""
 
-    facts: Facts
     family: Family
+    calibration: Calibration | None
     precision: Precision
     engine: Engine
     model: Model
-    target: str
-    given: dict[str, str]
-    located: Located | None
+
+
+class _Stages:
+    """Makes the stages of one plan."""
+
+    def __init__(
+        self,
+        entries: _Entries,
+        facts: Facts,
+        target: str,
+        located: Located | None,
+        given: Mapping[str, str],
+        identify: Callable[[str], str],
+    ) -> None:
+        self.entries, self.facts, self.target, self.located = entries, facts, target, located
+        self.given, self.identify = given, identify
+        self.lacking_data: MachineError | None = None
 
     def all(self) -> tuple[Stage, ...]:
-        unknown = [key for key in self.given if key not in self.known()]
+        of = self.entries
+        known = self.known()
+        unknown = [key for key in self.given if key not in known]
         if unknown:
-            raise RequestError(f"no option {unknown[0]!r} here", did_you_mean(unknown[0], self.known()))
-        resolve = self.resolve()
-        stage1 = self.stage("stage1", self.precision, [resolve.key], self.precision.requires)
-        stage2 = self.stage("stage2", self.engine, [stage1.key, resolve.key], requirements(self.engine, self.target))
-        return resolve, stage1, stage2, self.validate(stage2.key)
+            raise RequestError(f"no option {unknown[0]!r} here", did_you_mean(unknown[0], known))
+        made = [self.resolve()]
+        if of.calibration:
+            shared = {name: option for name, option in of.precision.options.items() if name in of.calibration.shares}
+            settings = self.settle("calibrate", of.calibration) | self.settle("stage1", of.precision, shared)
+            made.insert(0, self.stage("calibrate", of.calibration, settings, made))
+        made.insert(0, self.stage("stage1", of.precision, self.settle("stage1", of.precision), made))
+        made.insert(0, self.stage("stage2", of.engine, self.settle("stage2", of.engine), made))
+        return *reversed(made), self.validate(made[0].key)
 
     def known(self) -> list[str]:
-        options = [PREFIXES["stage1"] + name for name in self.precision.options]
-        return options + [PREFIXES["stage2"] + name for name in self.engine.options]
+        """Every option there is, as in `--set`."""
+        of = self.entries
+        options = [PREFIXES["calibrate"] + name for name in of.calibration.options] if of.calibration else []
+        options += [PREFIXES["stage1"] + name for name in of.precision.options]
+        return options + [PREFIXES["stage2"] + name for name in of.engine.options]
+
+    def settle(
+        self, stage: StageName, entry: StageEntry, options: Mapping[str, Option] | None = None
+    ) -> dict[str, Setting]:
+        """What each option of a stage is. The model knows best, then the family, the engine and the precision."""
+        of, prefix = self.entries, PREFIXES[stage]
+        owner = entry.origins.get("options", entry.owner)
+        sources = (of.precision, of.engine, of.family, of.model)
+        return {
+            name: settle(prefix + name, option, owner, sources, self.given.get(prefix + name))
+            for name, option in (entry.options if options is None else options).items()
+        }
 
     def resolve(self) -> Stage:
-        provider = _provider("family", self.family)
+        provider = _provider("family", self.entries.family)
         preimage = {}
         if self.located:
-            preimage = self.preimage("resolve", provider, {}, [], {}) | {"source": self.located.identity}
-        slot = self.slot("resolve", preimage, label(self.model.name))
+            preimage = _preimage("resolve", provider, {}, [], {}) | {"source": self.located.identity}
+        slot = _slot("resolve", preimage, label(self.entries.model.name))
         return Stage("resolve", provider, {}, HF_CHECKPOINT, preimage, slot)
 
     def stage(
-        self, name: StageName, entry: Precision | Engine, inputs: Sequence[str], requires: Sequence[str]
+        self, name: StageName, entry: StageEntry, settings: Mapping[str, Setting], before: Sequence[Stage]
     ) -> Stage:
-        provider = _provider("engine" if isinstance(entry, Engine) else "precision", entry)
-        settings = self.settings(entry, PREFIXES[name])
+        """A stage after those that are made already, nearest first."""
+        provider = _provider(_KINDS[name], entry)
+        inputs = [stage.key for stage in before]
+        data = self.data(name, settings)
         preimage: dict[str, Any] = {}
-        if all(inputs):
-            options = {key: setting.value for key, setting in settings.items()}
-            preimage = self.preimage(name, provider, options, inputs, self.facts.tools(requires))
+        if all(inputs) and not self.lacking_data:
+            options = {key: setting.value for key, setting in settings.items() if key not in data}
+            options = {key: value for key, value in options.items() if self.option(name, key).keyed}
+            requires = requirements(entry, self.target) if isinstance(entry, Engine) else entry.requires
+            preimage = _preimage(name, provider, options, inputs, self.facts.tools(requires))
+            if data:
+                preimage["data"] = data
             if isinstance(entry, Engine):
                 preimage["hardware"] = self.hardware(entry)
-        return Stage(
-            name, provider, settings, entry.gives, preimage, self.slot(name, preimage, self.label(name, settings))
-        )
+        slot = _slot(name, preimage, self.label(name, settings))
+        return Stage(name, provider, settings, entry.gives, preimage, slot)
+
+    def option(self, stage: StageName, name: str) -> Option:
+        of = self.entries
+        if stage == "stage2":
+            return of.engine.options[name]
+        if stage == "calibrate" and of.calibration and name in of.calibration.options:
+            return of.calibration.options[name]
+        return of.precision.options[name]
+
+    def data(self, stage: StageName, settings: Mapping[str, Setting]) -> dict[str, str]:
+        """Option -> digest, for options that name data."""
+        found = {}
+        for name, setting in settings.items():
+            if self.option(stage, name).data:
+                try:
+                    found[name] = self.identify(str(setting.value))
+                except MachineError as error:
+                    self.lacking_data = MachineError(f"{setting.key}: {error.message}", error.hint)
+                except RequestError as error:
+                    raise RequestError(f"{setting.key}: {error.message}", error.hint) from None
+        return found
 
     def validate(self, engine_key: str) -> Stage:
-        provider = _provider("engine", self.engine)
+        of = self.entries
+        provider = _provider("engine", of.engine)
         preimage: dict[str, Any] = {}
         if engine_key:
-            judges = [_provider("family", self.family), _provider("precision", self.precision)]
-            preimage = self.preimage("validate", provider, {}, [engine_key], {})
+            judges = [_provider("family", of.family), _provider("precision", of.precision)]
+            preimage = _preimage("validate", provider, {}, [engine_key], {})
             preimage["judges"] = [vars(judge) for judge in judges]
         return Stage("validate", provider, {}, "", preimage, None)
-
-    def preimage(
-        self,
-        name: StageName,
-        provider: Provider,
-        options: Mapping[str, Value],
-        inputs: Sequence[str],
-        tools: Mapping[str, str],
-    ) -> dict[str, Any]:
-        return {
-            "format": KEY_FORMAT,
-            "core": __version__,
-            "stage": name,
-            "provider": vars(provider),
-            "options": dict(options),
-            "inputs": list(inputs),
-            "tools": dict(tools),
-        }
 
     def hardware(self, engine: Engine) -> dict[str, str]:
         known = {"target": self.target}
@@ -244,76 +291,44 @@ class _Stages:
         return {fact: known.get(fact, "") for fact in engine.hardware}
 
     def label(self, name: StageName, settings: Mapping[str, Setting]) -> str:
-        text = f"{label(self.model.name)}-{self.precision.name}"
+        of = self.entries
+        model = label(of.model.name)
+        if name == "calibrate" and of.calibration:
+            return f"{model}-{of.calibration.name}"
+        text = f"{model}-{of.precision.name}"
         if name == "stage2":
-            return f"{text}-{self.engine.name}-{self.target}"
+            return f"{text}-{of.engine.name}-{self.target}"
         for option, short in (("tp_size", "tp"), ("pp_size", "pp")):
             if option in settings and settings[option].value != 1:
                 text += f"-{short}{settings[option].value}"
         return text
 
-    def slot(self, name: StageName, preimage: Mapping[str, Any], text: str) -> Slot | None:
-        return Slot(PLACES[name], text, key_of(preimage)) if preimage else None
 
-    def settings(self, entry: StageEntry, prefix: str) -> dict[str, Setting]:
-        """Defaults, then what precision, engine, family and model set, then `--set`."""
-        result = {}
-        for name, option in entry.options.items():
-            setting = Setting(option.default, str(entry.origins.get("options", entry.owner)), option.help)
-            for source in (self.precision, self.engine, self.family, self.model):
-                if prefix + name in source.settings:
-                    value = _checked(prefix + name, option, _typed(prefix + name, option, source))
-                    owner = source.origins.get("settings", source.owner)
-                    setting = Setting(value, f"{source.name} ({owner})", option.help)
-            if prefix + name in self.given:
-                value = _checked(prefix + name, option, _read(prefix + name, option, self.given[prefix + name]))
-                setting = Setting(value, SET, option.help)
-            result[name] = setting
-        return result
+#: Which kind of entry runs a stage.
+_KINDS: Mapping[str, str] = {"calibrate": "calibration", "stage1": "precision", "stage2": "engine"}
 
 
-def _provider(kind: Any, entry: Family | Precision | Engine) -> Provider:
+def _provider(kind: Any, entry: Family | StageEntry) -> Provider:
     return Provider(kind, entry.name, entry.module, entry.owner.package, entry.owner.version)
 
 
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+def _preimage(
+    name: StageName,
+    provider: Provider,
+    options: Mapping[str, Value],
+    inputs: Sequence[str],
+    tools: Mapping[str, str],
+) -> dict[str, Any]:
+    return {
+        "format": KEY_FORMAT,
+        "core": __version__,
+        "stage": name,
+        "provider": vars(provider),
+        "options": dict(options),
+        "inputs": list(inputs),
+        "tools": dict(tools),
+    }
 
 
-def _typed(key: str, option: Option, source: Entry) -> Value:
-    """A setting of the registry, in the type of the option's default."""
-    value, kind = source.settings[key], type(option.default)
-    if type(value) is not kind and not (kind is float and type(value) is int):
-        owner = source.origins.get("settings", source.owner)
-        raise RequestError(
-            f"{key} = {value!r} in the settings of {source.name} ({owner}): must be {_WORDS[kind]}",
-            option.help or f"default: {option.default}",
-        )
-    return kind(value)
-
-
-def _read(key: str, option: Option, text: str) -> Value:
-    """The text of `--set` in the type of the option's default."""
-    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-    try:
-        if isinstance(option.default, bool):
-            return words[text.lower()]
-        value = type(option.default)(text)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(text)
-        return value
-    except (ValueError, KeyError):
-        kind = _WORDS[type(option.default)]
-        raise RequestError(f"--set {key}={text}: must be {kind}", option.help or f"default: {option.default}") from None
-
-
-def _checked(key: str, option: Option, value: Value) -> Value:
-    hint = option.help or f"default: {option.default}"
-    if option.choices and value not in option.choices:
-        choices = ", ".join(map(str, option.choices))
-        raise RequestError(f"{key} = {value!r}: must be one of {choices}", hint)
-    if not isinstance(value, (str, bool)):
-        if option.min is not None and value < option.min:
-            raise RequestError(f"{key} = {value}: must be at least {option.min:g}", hint)
-        if option.max is not None and value > option.max:
-            raise RequestError(f"{key} = {value}: must be at most {option.max:g}", hint)
-    return value
+def _slot(name: StageName, preimage: Mapping[str, Any], text: str) -> Slot | None:
+    return Slot(PLACES[name], text, key_of(preimage)) if preimage else None

@@ -17,7 +17,7 @@ from . import __version__
 from .errors import RequestError, did_you_mean
 from .refs import NAME
 from .structure import quote, structure, suggest
-from .types import HF_CHECKPOINT, TRTLLM_CHECKPOINT, Ref, Value
+from .types import CALIBRATION, HF_CHECKPOINT, TRTLLM_CHECKPOINT, Ref, Value
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -43,13 +43,20 @@ class Owner:
 
 @dataclass(frozen=True)
 class Option:
-    """One setting of a stage: its default says its type."""
+    """One setting of a stage: its default says its type.
+
+    Attributes:
+        data: the value names data (`FILE.txt`, `hf:DATASET`): what counts in the key is its content, not its name.
+        keyed: False for a setting that says how a thing is done and not what it is; it is in no key.
+    """
 
     default: Value
     choices: tuple[Value, ...] = ()
     min: float | None = None
     max: float | None = None
     help: str = ""
+    data: bool = False
+    keyed: bool = True
 
     @classmethod
     def from_value(cls, value: Any) -> Option:
@@ -99,7 +106,7 @@ class Model(Entry):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StageEntry(Entry):
-    """A precision or an engine: what it needs, what it takes and gives, and its options.
+    """A calibration, a precision or an engine: what it needs, what it takes and gives, and its options.
 
     Attributes:
         requires: distributions, `onnx>=1.17`; alternatives are joined by `|`.
@@ -115,13 +122,32 @@ class StageEntry(Entry):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Calibration(StageEntry):
+    """What is measured on a model before stage 1. Precisions that name the same one share its result.
+
+    Attributes:
+        shares: options of the precision that it gets as well, such as `device`. Its own are `calib.…` in `--set`.
+    """
+
+    takes: tuple[str, ...] = (HF_CHECKPOINT,)
+    gives: str = CALIBRATION
+    shares: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Precision(StageEntry):
-    """What stage 1 does. `bits` are bits per weight of the linear layers, for size estimates."""
+    """What stage 1 does.
+
+    Attributes:
+        bits: per weight of the linear layers, for size estimates.
+        calibration: the name of what is measured first; nothing if the weights are all it needs.
+    """
 
     takes: tuple[str, ...] = (HF_CHECKPOINT,)
     gives: str = TRTLLM_CHECKPOINT
     bits: float = 16
     needs: Needs = Needs()
+    calibration: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -166,8 +192,20 @@ class Problem:
 
 
 E = TypeVar("E", bound=Entry)
-_KINDS: dict[str, type[Entry]] = {"families": Family, "models": Model, "precisions": Precision, "engines": Engine}
-_SINGULAR = {"families": "family", "models": "model", "precisions": "precision", "engines": "engine"}
+_KINDS: dict[str, type[Entry]] = {
+    "families": Family,
+    "models": Model,
+    "calibrations": Calibration,
+    "precisions": Precision,
+    "engines": Engine,
+}
+_SINGULAR = {
+    "families": "family",
+    "models": "model",
+    "calibrations": "calibration",
+    "precisions": "precision",
+    "engines": "engine",
+}
 
 
 @dataclass(frozen=True)
@@ -192,12 +230,28 @@ class Registry:
 
     families: Names[Family]
     models: Names[Model]
+    calibrations: Names[Calibration]
     precisions: Names[Precision]
     engines: Names[Engine]
     aliases: Mapping[str, str]
     defaults: Defaults
     problems: tuple[Problem, ...]
     owners: tuple[Owner, ...]
+
+    @property
+    def kinds(self) -> tuple[Names[Any], ...]:
+        """All kinds of entry, in the order in which a build meets them."""
+        return self.families, self.models, self.calibrations, self.precisions, self.engines
+
+    @property
+    def stage_entries(self) -> list[StageEntry]:
+        """Everything that a stage can run."""
+        kinds = (self.calibrations, self.precisions, self.engines)
+        return [entry for names in kinds for entry in names.entries.values()]
+
+    def calibration_of(self, precision: Precision) -> Calibration | None:
+        """What a precision wants measured first. Raises RequestError if there is no such calibration."""
+        return self.calibrations[precision.calibration] if precision.calibration else None
 
     def expand(self, ref: Ref) -> Ref:
         """Replace an alias; what the request says itself wins over what the alias says."""
@@ -305,6 +359,7 @@ def merge(fragments: Iterable[Fragment], problems: Iterable[Problem] = ()) -> Re
     registry = Registry(
         families=Names("families", *merger.kind("families", Family)),
         models=Names("models", *merger.kind("models", Model)),
+        calibrations=Names("calibrations", *merger.kind("calibrations", Calibration)),
         precisions=Names("precisions", *merger.kind("precisions", Precision)),
         engines=Names("engines", *merger.kind("engines", Engine)),
         aliases=merger.aliases(),
@@ -359,10 +414,11 @@ class _Merger:
         return result
 
     def check_settings(self, registry: Registry) -> None:
-        """Every setting must name an option that some precision or engine has."""
+        """Every setting must name an option that some calibration, precision or engine has."""
         known = {name for entry in registry.precisions.entries.values() for name in entry.options}
+        known |= {f"calib.{name}" for entry in registry.calibrations.entries.values() for name in entry.options}
         known |= {f"build.{name}" for entry in registry.engines.entries.values() for name in entry.options}
-        for names in (registry.families, registry.models, registry.precisions, registry.engines):
+        for names in registry.kinds:
             for name, entry in names.entries.items():
                 owner = entry.origins.get("settings", entry.owner)
                 for key in entry.settings:

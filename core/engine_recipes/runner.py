@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +18,7 @@ from .events import Event
 from .launch import Answer, call
 from .planning import STAGES, Plan, Stage
 from .store import Slot, Store, read_json, read_manifest, size_of
-from .types import Artifact, Check, Provider, Report, StageContext, StageName
+from .types import DECODER, HF_CHECKPOINT, Artifact, Check, Provider, Report, StageContext, StageName
 
 StageStatus = Literal["run", "cached", "skipped", "failed"]
 BuildStatus = Literal["built", "cached", "rejected", "failed"]
@@ -134,11 +135,13 @@ class _Walk:
         self.results: list[StageResult] = []
         self.artifacts: list[Artifact] = []  # nearest first, as hooks get them
         self.report = Report()
-        self.checked = False
+        self.imported = self.checked = False
 
     def all(self) -> None:
         last = STAGES.index(self.how.until)
-        for stage in self.plan.stages[: last + 1]:
+        for stage in self.plan.stages:
+            if STAGES.index(stage.name) > last:
+                break
             if stage.name == "validate":
                 self.validate(stage)
             else:
@@ -181,7 +184,7 @@ class _Walk:
         started = time.monotonic()
         self.tell(stage, "started")
         try:
-            self.check_plugins()
+            self.check(stage)
             with self.store.staging(slot) as out:
                 answer = self.work(stage, out, self.store.log_path(slot))
                 seconds = time.monotonic() - started
@@ -199,28 +202,29 @@ class _Walk:
         self.tell(stage, "finished", seconds=seconds, bytes=result.bytes, path=str(folder))
         return folder
 
-    def check_plugins(self) -> None:
-        """Import every provider once before the first long stage, not after it."""
-        if not self.checked:
-            providers = [asdict(stage.provider) for stage in self.plan.stages if stage.name != "validate"]
-            call("loading plugins", {"action": "check", "providers": providers}, None, lambda event: None)
-            self.checked = True
+    def check(self, first: Stage) -> None:
+        """Before the first stage, and not after hours: import every provider, and ask whether it refuses the model."""
+        resolved = next((a.path / DECODER for a in self.artifacts if a.kind == HF_CHECKPOINT), None)
+        if self.checked or (self.imported and resolved is None):
+            return
+        stages = [stage for stage in self.plan.stages if stage.name not in ("resolve", "validate")]
+        family = [] if self.imported or resolved else [asdict(first.provider)]
+        request = {
+            "action": "check",
+            "providers": [asdict(stage.provider) for stage in stages] + family,
+            "contexts": [self.context(stage, Path(os.devnull)).as_json() for stage in stages],
+            "decoder": str(resolved) if resolved else None,
+        }
+        call("checking the plan", request, None, lambda e: self.listen({**e, "stage": first.name}))
+        self.imported, self.checked = True, resolved is not None
 
     def work(self, stage: Stage, out: Path, log: Path | None, judges: Iterable[Provider] = ()) -> Answer:
         located = self.plan.located
         assert located is not None
-        context = StageContext(
-            ref=str(self.plan.ref),
-            stage=stage.name,
-            options=stage.options,
-            inputs=tuple(self.artifacts),
-            out=out,
-            target=self.plan.target,
-        )
         request = {
             "action": "stage",
             "providers": [asdict(provider) for provider in (judges or [stage.provider])],
-            "context": context.as_json(),
+            "context": self.context(stage, out).as_json(),
             "gives": stage.gives,
             "architectures": self.plan.family.architectures,
             "source": {
@@ -232,6 +236,16 @@ class _Walk:
         }
         return call(
             f"{stage.name} of {stage.provider}", request, log, lambda e: self.listen({**e, "stage": stage.name})
+        )
+
+    def context(self, stage: Stage, out: Path) -> StageContext:
+        return StageContext(
+            ref=str(self.plan.ref),
+            stage=stage.name,
+            options=stage.options,
+            inputs=tuple(self.artifacts),
+            out=out,
+            target=self.plan.target,
         )
 
     def manifest(self, stage: Stage, answer: Answer, seconds: float) -> dict[str, Any]:

@@ -17,7 +17,12 @@ from .errors import MachineError
 
 MANIFEST = "manifest.json"
 #: Which folder of the workspace holds what a stage leaves.
-PLACES: Mapping[str, str] = {"resolve": "sources", "stage1": "checkpoints", "stage2": "engines"}
+PLACES: Mapping[str, str] = {
+    "resolve": "sources",
+    "calibrate": "calibrations",
+    "stage1": "checkpoints",
+    "stage2": "engines",
+}
 _STAGING = ".tmp-"
 
 

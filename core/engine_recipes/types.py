@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     import numpy as np
 
 Value = str | int | float | bool
-StageName = Literal["resolve", "stage1", "stage2", "validate"]
+StageName = Literal["resolve", "calibrate", "stage1", "stage2", "validate"]
 Verdict = Literal["pass", "warn", "fail", "not run"]
 
 #: Artifact kinds that core and the built-in plugins use. A plugin may add its own.
 HF_CHECKPOINT = "hf-checkpoint"
 TRTLLM_CHECKPOINT = "trtllm-checkpoint"
+CALIBRATION = "calibration"
+#: What the model is, in the folder that the resolve stage leaves.
+DECODER = "decoder.json"
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Ref:
 class Provider:
     """Who runs a hook: a registry entry and the package it belongs to."""
 
-    kind: Literal["family", "precision", "engine"]
+    kind: Literal["family", "calibration", "precision", "engine"]
     name: str
     module: str
     package: str
@@ -78,8 +81,8 @@ class StageContext:
         stage: which stage is running.
         options: every option the stage knows, defaults filled in. Keys as in `--set`, without the prefix
             (`build.` for stage 2).
-        inputs: what earlier stages left, nearest first: stage 1 gets (source,), stage 2 (checkpoint, source),
-            validate (engine, checkpoint, source).
+        inputs: what earlier stages left, nearest first: stage 1 gets (source,), or (calibration, source) if its
+            precision names a calibration; stage 2 the checkpoint and those, validate the engine and those.
         out: an empty folder; write here and nowhere else. It is published by one rename when the hook returns.
         target: what the engine is for: `cpu`, `sm89` …
     """

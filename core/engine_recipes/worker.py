@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from . import events
+from .decoder import Decoder
 from .errors import MachineError, RecipesError
 from .host import Host
-from .types import HF_CHECKPOINT, TRTLLM_CHECKPOINT, Provider, StageContext
+from .types import CALIBRATION, DECODER, HF_CHECKPOINT, TRTLLM_CHECKPOINT, Provider, StageContext
 
 
 def main() -> None:
@@ -55,10 +56,13 @@ def perform(call: Mapping[str, Any]) -> Any:
     providers = [Provider(**provider) for provider in call["providers"]]
     host = Host(providers)
     if call["action"] == "check":
-        return None
+        return _check(host, call)
     context = StageContext.from_json(call["context"])
     if context.stage == "resolve":
         return _resolve(host, providers[0], context, call)
+    if context.stage == "calibrate":
+        host.calibrate(providers[0], context)
+        return _finish_calibrate(context, call["gives"])
     if context.stage == "stage1":
         host.stage1(providers[0], context)
         return _finish_stage1(context, call["gives"], providers[0])
@@ -66,6 +70,14 @@ def perform(call: Mapping[str, Any]) -> Any:
         host.stage2(providers[0], context)
         return _finish_stage2(context)
     return [asdict(check) for check in host.validate(context)]
+
+
+def _check(host: Host, call: Mapping[str, Any]) -> None:
+    """That every provider can be imported, and none refuses the model."""
+    if call["decoder"]:
+        decoder = Decoder.read(Path(call["decoder"]))
+        for provider, context in zip(call["providers"], call["contexts"], strict=False):
+            host.check_decoder(Provider(**provider), StageContext.from_json(context), decoder)
 
 
 def _resolve(host: Host, provider: Provider, context: StageContext, call: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,9 +90,17 @@ def _resolve(host: Host, provider: Provider, context: StageContext, call: Mappin
     decoder = host.resolve_checkpoint(provider, context, config)
     tensors = source_tensors(folder)
     expect_tensors(decoder, tensors)
-    decoder.write(context.out / "decoder.json")
+    decoder.write(context.out / DECODER)
     (context.out / "source.json").write_text(json.dumps(call["source"], indent=2, sort_keys=True), encoding="utf-8")
     return {"architecture": decoder.architecture, "parameters": decoder.parameters}
+
+
+def _finish_calibrate(context: StageContext, gives: str) -> dict[str, Any]:
+    if gives != CALIBRATION:
+        return {}
+    from .checkpoint import read_statistics
+
+    return dict(read_statistics(context.out).about)
 
 
 def _finish_stage1(context: StageContext, gives: str, provider: Provider) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from engine_recipes import StageContext, hookimpl
 
-from .plain import convert
+from .plain import check_decoder, convert
+
+__all__ = ["check_decoder"]
 
 
 @hookimpl

@@ -9,7 +9,7 @@ from conftest import Recipes, install, package
 
 def test_list_shows_every_combination_with_a_computed_status(toy: None, recipes: Recipes) -> None:
     rows = {row["ref"]: row for row in recipes("list", "--json").json["recipes"]}
-    assert len(rows) == 22 * 3 * 2
+    assert len(rows) == 22 * 7 * 2
     fp16 = rows["qwen2.5-7b:fp16@onnxruntime"]
     assert fp16 == {
         "ref": "qwen2.5-7b:fp16@onnxruntime",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from .config import config_json, decoder_from_config
-from .convert import ConvertStats, Dtype, checkpoint_bytes, convert
+from .convert import ConvertStats, Dtype, WeightOnly, checkpoint_bytes, convert
+from .formats import Scheme, Stored, choose_group_size, stored
 from .layout import Piece, TensorSpec, check_split, layout, source_shapes, stage_layers
+from .quantize import quantize, unquantised_dtype
 from .reader import Checkpoint, open_checkpoint
 from .source import SourceCheckpoint, expect_tensors, open_source, source_tensors
+from .statistics import Statistics, read_statistics, write_statistics
 from .verify import verify
 
 __all__ = [
@@ -14,10 +17,15 @@ __all__ = [
     "ConvertStats",
     "Dtype",
     "Piece",
+    "Scheme",
     "SourceCheckpoint",
+    "Statistics",
+    "Stored",
     "TensorSpec",
+    "WeightOnly",
     "check_split",
     "checkpoint_bytes",
+    "choose_group_size",
     "config_json",
     "convert",
     "decoder_from_config",
@@ -25,8 +33,13 @@ __all__ = [
     "layout",
     "open_checkpoint",
     "open_source",
+    "quantize",
+    "read_statistics",
     "source_shapes",
     "source_tensors",
     "stage_layers",
+    "stored",
+    "unquantised_dtype",
     "verify",
+    "write_statistics",
 ]

@@ -8,35 +8,33 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .. import events
-from ..errors import MachineError, RequestError
+from ..errors import RequestError
 from ..facts import cpus
 from ..space import require_room
 from . import safetensors
 from .cast import FLOATS, Finding, caster, examine
 from .config import config_json
+from .formats import Scheme
 from .layout import Piece, TensorSpec, layout
 from .source import SourceCheckpoint
+from .streaming import Job, Progress, write_rank
 
 if TYPE_CHECKING:
     from .safetensors import Array
 
 Dtype = Literal["float16", "bfloat16", "float32"]
+WeightOnly = Literal["W8A16", "W4A16"]
 
 #: Most source bytes of a block (a single row may be longer). Measured: 1 to 16 MiB are within 20 %, 2 MiB is best.
 BLOCK_BYTES = 2 << 20
 _MOST_WORKERS = 4  # casting bfloat16 to float16 costs more CPU time than writing it
 _WARNED = 5  # tensors with overflows that get a line of their own
-_SECONDS_BETWEEN_EVENTS = 0.1
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,12 @@ class ConvertStats:
 
 
 def convert(
-    source: SourceCheckpoint, out: Path, dtype: Dtype = "float16", tp_size: int = 1, pp_size: int = 1
+    source: SourceCheckpoint,
+    out: Path,
+    dtype: Dtype = "float16",
+    tp_size: int = 1,
+    pp_size: int = 1,
+    algorithm: WeightOnly | None = None,
 ) -> ConvertStats:
     """Write `rank<r>.safetensors` for each rank and then `config.json` into `out`.
 
@@ -85,6 +88,7 @@ def convert(
         out: an existing folder without rank files.
         dtype: of every tensor written.
         tp_size, pp_size: the mapping.
+        algorithm: written into `config.json`: the engine's builder then quantises the linear layers as it loads them.
 
     Raises:
         RequestError: unknown dtype, a mapping that does not fit the model, or NaN or inf in the source.
@@ -98,8 +102,8 @@ def convert(
     stats = ConvertStats()
     for number, specs in enumerate(ranks):
         _write_rank(source, out / f"rank{number}.safetensors", specs, dtype, stats, total)
-    _warn_of_overflows(stats, dtype)
-    config = config_json(source.decoder, dtype, tp_size, pp_size)
+    warn_of_overflows(stats, dtype)
+    config = config_json(source.decoder, dtype, tp_size, pp_size, Scheme(algorithm).config())
     (out / "config.json").write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
     return stats
 
@@ -114,62 +118,43 @@ def _write_rank(
     source: SourceCheckpoint, path: Path, specs: Sequence[TensorSpec], dtype: str, stats: ConvertStats, total: int
 ) -> None:
     tensors = {spec.name: (dtype, spec.shape) for spec in specs}
-    before, told = stats.bytes, 0.0
-    workers = max(2, min(_MOST_WORKERS, cpus()))
-    with ThreadPoolExecutor(workers, "convert") as pool:
-        stream = _cast_ahead(source, specs, dtype, pool, workers + 1, stats)
-        data = ((array for _, array in group) for _, group in groupby(stream, lambda item: item[0].name))
-        try:
-            for position in safetensors.write(path, tensors, data):
-                stats.bytes = before + position
-                if time.monotonic() - told > _SECONDS_BETWEEN_EVENTS:
-                    told = time.monotonic()
-                    events.progress(f"writing {path.name}", stats.bytes, total, "B")
-        except OSError as error:
-            hint = "free some disk space, or choose another place with --workspace"
-            raise MachineError(f"writing {path} failed: {error.strerror or error}", hint) from error
+    jobs = (cast_job(source, block, dtype, stats) for block in blocks(source, specs, dtype))
+    progress = Progress(total, stats.bytes)
+    write_rank(path, tensors, jobs, progress, max(2, min(_MOST_WORKERS, cpus())))
+    stats.bytes = progress.done
     stats.files += 1
     stats.tensors += len(specs)
-    events.progress(f"writing {path.name}", min(stats.bytes, total), total, "B")
 
 
-def _cast_ahead(
-    source: SourceCheckpoint,
-    specs: Sequence[TensorSpec],
-    dtype: str,
-    pool: ThreadPoolExecutor,
-    ahead: int,
-    stats: ConvertStats,
-) -> Iterator[tuple[TensorSpec, Array]]:
-    """Yield the blocks of a rank in file order as bytes, while threads read and cast the next `ahead`.
+def cast_job(source: SourceCheckpoint, block: Block, dtype: str, stats: ConvertStats) -> Job:
+    """Cast a block. Its source pages are forgotten once it is written."""
+    found = []
 
-    A block's source pages are forgotten when the next is asked for, so the caller has written it by then.
-    """
-    waiting: deque[tuple[Block, Future[tuple[Array, Finding]]]] = deque()
+    def make() -> Array:
+        array, finding = _cast(source, block, dtype)
+        found.append(finding)
+        return array
 
-    def finish() -> Iterator[tuple[TensorSpec, Array]]:
-        block, future = waiting.popleft()
-        array, finding = future.result()
+    def written() -> None:
         if block.piece is not None:
-            stats.note(block.piece.name, finding)
-        yield block.spec, array
-        if block.piece is not None:
-            row = _row_bytes(source, block.piece.name)
-            source.forget(block.piece.name, block.start * row, block.stop * row)
+            stats.note(block.piece.name, found[0])
+            forget(source, block)
 
-    for block in blocks(source, specs, dtype):
-        waiting.append((block, pool.submit(_cast, source, block, dtype)))
-        if len(waiting) > ahead:
-            yield from finish()
-    while waiting:
-        yield from finish()
+    return Job(block.spec.name, make, written)
+
+
+def forget(source: SourceCheckpoint, block: Block) -> None:
+    """Give the pages of a block's rows back."""
+    if block.piece is not None:
+        row = _row_bytes(source, block.piece.name)
+        source.forget(block.piece.name, block.start * row, block.stop * row)
 
 
 def blocks(source: SourceCheckpoint, specs: Sequence[TensorSpec], dtype: str) -> Iterator[Block]:
-    """Cut the tensors of a rank into blocks of rows, none longer than BLOCK_BYTES unless one row is."""
+    """Cut the tensors of a rank into blocks of rows, none longer than BLOCK_BYTES unless two rows are."""
     for spec in specs:
         for piece in spec.pieces:
-            step = max(BLOCK_BYTES // _row_bytes(source, piece.name), 1)
+            step = max(BLOCK_BYTES // _row_bytes(source, piece.name) & ~1, 2)  # even: int4 packs two rows to a byte
             for start in range(piece.rows[0], piece.rows[1], step):
                 yield Block(spec, piece, start, min(start + step, piece.rows[1]))
         if spec.pad_rows:
@@ -188,10 +173,7 @@ def _cast(source: SourceCheckpoint, block: Block, dtype: str) -> tuple[Array, Fi
     if block.piece is None:
         width = math.prod(block.spec.shape[1:]) * safetensors.numpy_dtype(dtype).itemsize
         return np.zeros((block.stop - block.start) * width, np.uint8), Finding()
-    rows = source.array(block.piece.name)[block.start : block.stop]
-    if block.piece.columns is not None:
-        rows = rows[:, slice(*block.piece.columns)]
-    rows = np.ascontiguousarray(rows)
+    rows = rows_of(source, block)
     finding = examine(rows, dtype)
     if finding.problem:
         raise RequestError(
@@ -201,7 +183,19 @@ def _cast(source: SourceCheckpoint, block: Block, dtype: str) -> tuple[Array, Fi
     return caster(rows.dtype.name, dtype)(rows).reshape(-1).view(np.uint8), finding
 
 
-def _warn_of_overflows(stats: ConvertStats, dtype: str) -> None:
+def rows_of(source: SourceCheckpoint, block: Block) -> Array:
+    """The block's source values, contiguous, in the source's dtype."""
+    import numpy as np
+
+    assert block.piece is not None
+    rows = source.array(block.piece.name)[block.start : block.stop]
+    if block.piece.columns is not None:
+        rows = rows[:, slice(*block.piece.columns)]
+    return np.ascontiguousarray(rows)
+
+
+def warn_of_overflows(stats: ConvertStats, dtype: str) -> None:
+    """Warn of finite values that became inf."""
     for name in list(stats.overflows)[:_WARNED]:
         count = stats.overflows[name]
         values = "1 value" if count == 1 else f"{count} values"

@@ -1,6 +1,6 @@
 """Reading a TensorRT-LLM checkpoint as one model, however many ranks it was split over.
 
-Knows the layout and joins by it; what a quantised tensor means is the reader's caller's business.
+Knows the layout and joins by it, quantised tensors as they are: what they mean is the caller's business.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..decoder import Decoder
 from ..errors import RequestError
 from .config import decoder_from_config
+from .formats import Scheme, stored
 from .layout import TensorSpec, layout, stage_layers
 from .safetensors import SafeFile, TensorInfo, numpy_dtype
 from .source import read_json
@@ -38,6 +39,7 @@ class Checkpoint:
         decoder: what the model is.
         dtype: of the unquantised tensors.
         quantization: the config's `quantization` object; its `quant_algo` is None if there is none.
+        scheme: the same, as far as it says which tensors there are.
         tp_size, pp_size: the mapping.
         ranks: the header of every rank file: names as in the file -> where.
     """
@@ -60,6 +62,7 @@ class Checkpoint:
         self.decoder: Decoder = decoder_from_config(self.config, self.ranks[0])
         self.dtype: str = self.decoder.dtype
         self.quantization: dict[str, Any] = {"quant_algo": None, **(self.config.get("quantization") or {})}
+        self.scheme = Scheme.from_config(self.quantization)
         self._places = self._find_places()
         self._specs = self._find_specs()
 
@@ -142,13 +145,17 @@ class Checkpoint:
         if self.tp_size == 1:
             return {}
         (whole,) = layout(self.decoder)
-        specs = {spec.name: [spec] for spec in whole}
-        ranks = layout(self.decoder, self.tp_size, self.pp_size, bool(self.config.get("use_parallel_embedding", False)))
+        specs = {tensor.name: [tensor.spec] for tensor in stored(whole, self.scheme, self.dtype)}
         stages = stage_layers(self.decoder.layers, self.pp_size)
-        for rank, parts in enumerate(ranks):
-            for part in parts:
-                specs[_global_name(part.name, stages[rank // self.tp_size])].append(part)
+        for rank, parts in enumerate(self.layout()):
+            for part in stored(parts, self.scheme, self.dtype):
+                specs[_global_name(part.name, stages[rank // self.tp_size])].append(part.spec)
         return specs
+
+    def layout(self) -> list[list[TensorSpec]]:
+        """What each rank holds, unquantised."""
+        parallel_embedding = bool(self.config.get("use_parallel_embedding", False))
+        return layout(self.decoder, self.tp_size, self.pp_size, parallel_embedding)
 
     def _is_split(self, name: str) -> bool:
         """True if ranks hold different parts of this tensor, False if each holds all of it."""

@@ -38,6 +38,8 @@ DTYPES: Mapping[str, tuple[str, int]] = {
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }
+#: numpy or ml_dtypes name -> bytes an element
+DTYPES_BY_NAME: Mapping[str, int] = dict(DTYPES.values())
 _CODES = {name: code for code, (name, _) in DTYPES.items()}
 _MAX_HEADER = 100 << 20
 _FAULT_AROUND = 1 << 16

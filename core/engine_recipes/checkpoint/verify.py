@@ -1,7 +1,7 @@
 """Reading a finished checkpoint back: is it complete, and is it what its config.json says?
 
-Unquantised tensors must have the names, shapes and dtype of the layout; of quantised ones only what every
-algorithm shares is checked here.
+Every tensor must have the name, shape and dtype that the layout and the algorithm say; of an algorithm that is not
+known here only what every one shares is checked.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from .. import events
 from ..errors import RequestError, StageFailed
 from .cast import FLOATS, examine
-from .layout import TensorSpec, layout
+from .formats import Scheme, Stored, stored
 from .reader import ROPE_TABLES, Checkpoint, mapping_of, open_checkpoint
 from .safetensors import SafeFile, TensorInfo
 from .source import read_json
@@ -62,26 +62,22 @@ def _check_files(folder: Path) -> None:
 
 
 def _check_headers(checkpoint: Checkpoint) -> None:
-    parallel_embedding = bool(checkpoint.config.get("use_parallel_embedding", False))
-    ranks = layout(checkpoint.decoder, checkpoint.tp_size, checkpoint.pp_size, parallel_embedding)
-    quantized = any(checkpoint.quantization.get(key) for key in ("quant_algo", "kv_cache_quant_algo"))
-    for number, (specs, header) in enumerate(zip(ranks, checkpoint.ranks, strict=True)):
+    scheme = checkpoint.scheme if checkpoint.scheme.is_known else Scheme()
+    for number, (specs, header) in enumerate(zip(checkpoint.layout(), checkpoint.ranks, strict=True)):
         file = f"rank{number}.safetensors"
-        expected = {spec.name: spec for spec in specs}
-        _check_names(file, expected, header, quantized)
-        for name, spec in expected.items():
-            if not quantized or not _is_linear(name):
-                _check_info(f"{file}: {name}", header[name], spec.shape, checkpoint.dtype)
+        expected = {tensor.name: tensor for tensor in stored(specs, scheme, checkpoint.dtype)}
+        _check_names(file, expected, header, checkpoint.scheme.is_known)
+        for name, tensor in expected.items():
+            if checkpoint.scheme.is_known or not _is_linear(name):
+                _check_info(f"{file}: {name}", header[name], tensor.spec.shape, tensor.dtype)
 
 
-def _check_names(
-    file: str, expected: Mapping[str, TensorSpec], header: Mapping[str, TensorInfo], quantized: bool
-) -> None:
+def _check_names(file: str, expected: Mapping[str, Stored], header: Mapping[str, TensorInfo], all_known: bool) -> None:
     missing = [name for name in expected if name not in header]
     if missing:
         raise RequestError(f"{file} lacks {missing[0]} ({len(missing)} missing)", _AGAIN)
     unknown = [name for name in header if name not in expected and name.split(".")[-1] not in ROPE_TABLES]
-    if unknown and not quantized:
+    if unknown and all_known:
         raise RequestError(f"{file} holds {unknown[0]}, which config.json does not imply", _AGAIN)
 
 

@@ -125,7 +125,7 @@ def title(plan: Plan) -> str:
 @click.command("build")
 @click.argument("references", nargs=-1, required=True, metavar="REF...", shell_complete=complete_ref)
 @click.option("--fetch", "may_fetch", is_flag=True, help="download what is missing (asks, unless -y)")
-@click.option("--until", type=click.Choice(["resolve", "stage1", "stage2"]), help="stop after this stage")
+@click.option("--until", type=click.Choice(STAGES[:-1]), help="stop after this stage")
 @click.option("--no-validate", is_flag=True, help="do not judge the engine")
 @click.option("--force", is_flag=True, help="build again what is there already")
 @json_option
@@ -146,7 +146,7 @@ def build_command(
     setup: Setup,
     choices: dict[str, Any],
 ) -> None:
-    """Build engines: resolve, stage 1, stage 2, validate. What is there already is reused."""
+    """Build engines: resolve, calibrate, stage 1, stage 2, validate. What is there already is reused."""
     if until and no_validate:
         raise click.UsageError("--until stops before validation anyway\nleave out --no-validate")
     how = How(until or STAGES[-1], not no_validate, force)
@@ -190,7 +190,7 @@ def _plan(setup: Setup, text: str, chosen: dict[str, Any], may_fetch: bool) -> P
         if may_fetch and refs.is_hub_id(refs.parse(text).model):
             return None
         raise
-    lacking = availability.lacking(plan.precision, plan.engine, plan.target, setup.facts)
+    lacking = availability.lacking(plan.calibration, plan.precision, plan.engine, plan.target, setup.facts)
     if lacking:
         raise lacking
     if plan.blocked and not may_fetch:

@@ -10,6 +10,7 @@ import click
 
 from .. import availability
 from ..api import Setup
+from ..errors import RequestError
 from ..registry import Engine, Entry, Model, Precision
 from ..space import human_bytes
 from . import style
@@ -74,10 +75,18 @@ def recipes(setup: Setup) -> Iterator[dict[str, Any]]:
 def _pairs(setup: Setup) -> Iterator[tuple[Precision, Engine, str, str, str]]:
     """Precision, engine, target, status, reason: what holds for every model."""
     for precision in setup.registry.precisions.entries.values():
+        try:
+            calibration = setup.registry.calibration_of(precision)
+        except RequestError as error:
+            yield from (
+                (precision, engine, availability.default_target(engine, setup.facts), "unsupported", error.message)
+                for engine in setup.registry.engines.entries.values()
+            )
+            continue
         for engine in setup.registry.engines.entries.values():
             target = availability.default_target(engine, setup.facts)
             reason, _ = availability.unsupported(precision, engine, target)
-            lacking = availability.lacking(precision, engine, target, setup.facts)
+            lacking = availability.lacking(calibration, precision, engine, target, setup.facts)
             if reason:
                 yield precision, engine, target, "unsupported", reason
             elif lacking:
@@ -90,7 +99,7 @@ def warn_of_problems(setup: Setup) -> None:
     """Say what is wrong with installed packages; it stops nobody else's builds."""
     for problem in setup.registry.problems:
         click.echo(f"{style('warning:', fg='yellow')} {problem.owner}: {problem.text}", err=True)
-    for names in (setup.registry.families, setup.registry.models, setup.registry.precisions, setup.registry.engines):
+    for names in setup.registry.kinds:
         for error in names.unusable.values():
             click.echo(f"{style('warning:', fg='yellow')} {error.message}", err=True)
 
@@ -133,14 +142,9 @@ def show_command(ref: str, as_json: bool, setup: Setup, choices: dict[str, Any])
 
 def describe(setup: Setup, plan: Plan) -> dict[str, Any]:
     """What `show` prints."""
-    from ..planning import PREFIXES
-
-    requires = [*plan.precision.requires, *availability.requirements(plan.engine, plan.target)]
-    settings = [
-        {"key": PREFIXES[stage.name] + name, "value": s.value, "origin": s.origin, "help": s.help}
-        for stage in plan.stages
-        for name, s in stage.settings.items()
-    ]
+    measures = plan.calibration.requires if plan.calibration else ()
+    requires = [*measures, *plan.precision.requires, *availability.requirements(plan.engine, plan.target)]
+    settings = [{"key": s.key, "value": s.value, "origin": s.origin, "help": s.help} for s in plan.settings.values()]
     return {
         "ref": str(plan.ref),
         "target": plan.target,
@@ -152,6 +156,7 @@ def describe(setup: Setup, plan: Plan) -> dict[str, Any]:
             for kind, entry in (
                 ("model", plan.model),
                 ("family", plan.family),
+                *([("calibration", plan.calibration)] if plan.calibration else []),
                 ("precision", plan.precision),
                 ("engine", plan.engine),
             )
@@ -187,7 +192,7 @@ def plugins_command(as_json: bool, setup: Setup) -> None:
     for owner in registry.owners:
         adds = {
             names.kind: [name for name, entry in names.entries.items() if entry.owner is owner]
-            for names in (registry.families, registry.models, registry.precisions, registry.engines)
+            for names in registry.kinds
         }
         problems = [problem.text for problem in registry.problems if problem.owner is owner]
         rows.append(
@@ -197,15 +202,16 @@ def plugins_command(as_json: bool, setup: Setup) -> None:
         if problem.owner not in registry.owners:  # its file could not be read at all
             rows.append(
                 {"package": problem.owner.package, "version": problem.owner.version, "path": str(problem.owner.path)}
-                | {"families": [], "models": [], "precisions": [], "engines": [], "problems": [problem.text]}
+                | {names.kind: [] for names in registry.kinds}
+                | {"problems": [problem.text]}
             )
     if as_json:
         print_json({"schema": 1, "plugins": rows})
         return
     for row in rows:
         click.echo(style(f"{row['package']} {row['version']}".strip(), bold=True) + f"  {row['path']}")
-        for kind in ("families", "precisions", "engines", "models"):
+        for kind in ("families", "calibrations", "precisions", "engines", "models"):
             if row[kind]:
-                click.echo(f"  {kind:<11} {', '.join(row[kind])}")
+                click.echo(f"  {kind:<12} {', '.join(row[kind])}")
         for text in row["problems"]:
             click.echo(f"  {style('problem', fg='red')}     {text}")

@@ -44,13 +44,13 @@ def diagnose(setup: Setup) -> Iterator[dict[str, Any]]:
     if not facts.gpus:
         yield _check("GPU", "warn", "no NVIDIA GPU or driver found", "engines for `cpu` are built and run without one")
     yield from _disks(setup)
-    for entry in (*setup.registry.precisions.entries.values(), *setup.registry.engines.entries.values()):
+    for entry in setup.registry.stage_entries:
+        kind = type(entry).__name__.lower()
         missing = facts.missing(entry.requires)
         found = ", ".join(f"{name} {version}" for name, version in facts.tools(entry.requires).items())
-        kind = "engine" if entry.name in setup.registry.engines.entries else "precision"
         if missing:
             hint = entry.install or f"pip install {' '.join(repr(m) for m in missing)}"
-            yield _check(f"{kind} {entry.name}", "missing", f"needs {', '.join(missing)}", hint)
+            yield _check(f"{kind} {entry.name}", "missing", f"needs {', '.join(map(facts.described, missing))}", hint)
         else:
             yield _check(f"{kind} {entry.name}", "ok", found or "needs nothing more")
     yield from _gpu_targets(setup)

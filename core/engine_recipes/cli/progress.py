@@ -13,7 +13,7 @@ from ..events import Event
 from ..space import human_bytes
 from . import style
 
-_NAMES = {"resolve": "resolve", "stage1": "stage 1", "stage2": "stage 2", "validate": "validate", "fetch": "fetch"}
+_NAMES = {"stage1": "stage 1", "stage2": "stage 2"}
 _EVERY = 5.0  # seconds between plain progress lines
 
 
@@ -59,7 +59,7 @@ class Lines:
 
     def line(self, event: Event, text: str) -> None:
         """One line about a stage."""
-        self.say(f"  {_NAMES.get(event.get('stage', ''), ''):<9}{text}")
+        self.say(f"  {_stage(event):<9}{text}")
 
     def progress(self, event: Event) -> None:
         """How far it is, every few seconds."""
@@ -108,7 +108,7 @@ class Bars(Lines):
         super().stage(event)
 
     def started(self, event: Event) -> None:
-        name = f"{_NAMES[event['stage']]}  {event['provider']}"
+        name = f"{_stage(event)}  {event['provider']}"
         self._tasks[name] = self._bars.add_task(name, total=None, amount="")
 
     def progress(self, event: Event) -> None:
@@ -131,3 +131,8 @@ def _amount(event: Event) -> str:
     if unit == "B":
         return f"{human_bytes(done)} of {human_bytes(total)}" if total else human_bytes(done)
     return f"{done:g} of {total:g} {unit}" if total else f"{done:g} {unit}"
+
+
+def _stage(event: Event) -> str:
+    name = str(event.get("stage", ""))
+    return _NAMES.get(name, name)

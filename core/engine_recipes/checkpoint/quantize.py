@@ -1,0 +1,280 @@
+"""Stage 1 with quantization: from a Hugging Face source and a calibration to a TensorRT-LLM checkpoint, streamed.
+
+The arithmetic is ModelOpt's (`export_tensorrt_llm_checkpoint`), in float32 from the source's own values. Two passes
+over the source: the largest magnitude of each weight where scales span whole tensors (FP8), then the weights.
+Memory is a few blocks, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from .. import events
+from ..decoder import Decoder
+from ..errors import RequestError
+from ..facts import cpus
+from ..space import require_room
+from .blocks import fp8_rounder, largest, pack_rows, quantize_groups
+from .config import config_json
+from .convert import Block, ConvertStats, Dtype, blocks, cast_job, forget, rows_of, warn_of_overflows
+from .formats import Scheme, Stored, choose_group_size, stored
+from .layout import TensorSpec, layout
+from .safetensors import DTYPES_BY_NAME
+from .source import SourceCheckpoint
+from .statistics import Statistics
+from .streaming import Job, Progress, write_rank
+
+if TYPE_CHECKING:
+    from .safetensors import Array
+
+Algorithm = Literal["FP8", "W4A16_AWQ"]
+CacheDtype = Literal["none", "fp8", "int8"]
+E4M3_MAX = 448.0
+INT8_MAX = 127.0
+_MOST_WORKERS = 16
+#: An FP8 KV cache whose scale would have to be larger than this loses quality (ModelOpt warns at the same place).
+LARGE_CACHE_SCALE = 0.5
+
+
+def quantize(
+    source: SourceCheckpoint,
+    out: Path,
+    statistics: Statistics,
+    algorithm: Algorithm,
+    *,
+    dtype: Dtype | Literal["auto"] = "auto",
+    kv_cache: CacheDtype = "none",
+    group_size: int = 0,
+    tp_size: int = 1,
+    pp_size: int = 1,
+) -> ConvertStats:
+    """Write `rank<r>.safetensors` for each rank and then `config.json` into `out`.
+
+    Args:
+        source: opened source; its pages are given back as they are used.
+        out: an existing folder without rank files.
+        statistics: of this very source.
+        algorithm: `FP8` needs `input_amax`, `W4A16_AWQ` needs `pre_quant_scale` of each linear layer.
+        dtype: of what is not quantised; `auto` is the source's, bfloat16 for float32.
+        kv_cache: 8-bit caches need `cache_amax` of each k and v.
+        group_size: of int4; 0 is the largest that fits, up to the one that was calibrated for.
+        tp_size, pp_size: the mapping.
+
+    Raises:
+        RequestError: a mapping or group size that does not fit, a statistic that is missing, NaN or inf in the source.
+        MachineError: not enough free disk.
+    """
+    scheme = Scheme(algorithm, None if kv_cache == "none" else kv_cache.upper())
+    if algorithm == "W4A16_AWQ":
+        most = int(statistics.about.get("group_size") or 128)
+        scheme = Scheme(algorithm, scheme.cache, choose_group_size(source.decoder, group_size, tp_size, most))
+        if scheme.group_size < 128 and not group_size:
+            events.warn(f"group_size is {scheme.group_size}: 128 does not divide every layer's inputs")
+    kept = unquantised_dtype(source.decoder, dtype)
+    ranks = [list(stored(specs, scheme, kept)) for specs in layout(source.decoder, tp_size, pp_size)]
+    progress = Progress(sum(_bytes(tensor) for rank in ranks for tensor in rank))
+    require_room("stage 1", progress.total, out)
+    writer = _Writer(source, statistics, scheme, kept)
+    for number, tensors in enumerate(ranks):
+        infos = {tensor.name: (tensor.dtype, tensor.spec.shape) for tensor in tensors}
+        jobs = chain.from_iterable(writer.jobs(tensors))
+        write_rank(out / f"rank{number}.safetensors", infos, jobs, progress, writer.workers)
+        writer.stats.files += 1
+        writer.stats.tensors += len(tensors)
+    writer.stats.bytes = progress.done
+    warn_of_overflows(writer.stats, kept)
+    config = config_json(source.decoder, kept, tp_size, pp_size, scheme.config())
+    (out / "config.json").write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
+    return writer.stats
+
+
+def unquantised_dtype(decoder: Decoder, dtype: Dtype | Literal["auto"]) -> Dtype:
+    """What `auto` stands for: the source's dtype, bfloat16 for float32, whose range float16 has not."""
+    if dtype != "auto":
+        return dtype
+    return "float16" if decoder.dtype == "float16" else "bfloat16"
+
+
+def _bytes(tensor: Stored) -> int:
+    return math.prod(tensor.spec.shape) * DTYPES_BY_NAME[tensor.dtype]
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """Of one quantised linear layer, FP8: value = stored × scale."""
+
+    weight: float
+    input: float
+
+
+class _Writer:
+    """Turns the stored tensors of a rank into jobs."""
+
+    def __init__(self, source: SourceCheckpoint, statistics: Statistics, scheme: Scheme, dtype: Dtype) -> None:
+        self.source, self.statistics, self.scheme, self.dtype = source, statistics, scheme, dtype
+        self.workers = max(2, min(_MOST_WORKERS, cpus()))
+        self.stats = ConvertStats()
+        self._scales = self._measure() if scheme.algorithm == "FP8" else {}
+        if scheme.cache:
+            _warn_of_cache(source.decoder, statistics, scheme.cache)
+
+    def jobs(self, tensors: Sequence[Stored]) -> Iterator[Iterator[Job]]:
+        """The jobs of each tensor, in order."""
+        self._group_scales: list[Array] = []
+        for tensor in tensors:
+            if tensor.part == "plain":
+                yield (cast_job(self.source, block, self.dtype, self.stats) for block in self._blocks(tensor.base))
+            elif tensor.part == "weight":
+                yield self._weight(tensor)
+            elif tensor.part == "weight_scale" and self.scheme.algorithm == "W4A16_AWQ":
+                yield iter([_last(tensor, self._take_group_scales)])
+            else:
+                yield iter([_last(tensor, self._vector_of(tensor))])
+
+    def _blocks(self, spec: TensorSpec) -> Iterator[Block]:
+        return blocks(self.source, [spec], self.dtype)
+
+    # --- FP8: one scale a tensor, shared by what TensorRT-LLM runs as one matrix or on one input ------------------
+
+    def _measure(self) -> dict[str, _Scales]:
+        """HF linear layer -> its scales. Reads every weight once."""
+        groups = list(linear_groups(self.source.decoder))
+        names = [name for group in groups for name in group]
+        found: dict[str, float] = {}
+        with ThreadPoolExecutor(self.workers, "measure") as pool:
+            for done, (name, value) in enumerate(zip(names, pool.map(self._largest, names), strict=True)):
+                found[name] = value
+                events.progress("measuring weights", done + 1, len(names), "tensors")
+        scales: dict[str, _Scales] = {}
+        for group in groups:
+            weight = max(found[name] for name in group)
+            inputs = max(self.statistics.number(f"{name}.input_amax") for name in group)
+            scales |= dict.fromkeys(group, _Scales(weight / E4M3_MAX, inputs / E4M3_MAX))
+        return scales
+
+    def _largest(self, name: str) -> float:
+        value = largest(self.source.array(f"{name}.weight"))
+        self.source.forget(f"{name}.weight")
+        if not math.isfinite(value):
+            raise RequestError(
+                f"{name}.weight holds NaN or inf",
+                "the source is damaged, or its training failed: fetch it again, or use another checkpoint",
+            )
+        if value == 0:
+            raise RequestError(f"{name}.weight is zero throughout", "is the source complete? fetch it again")
+        return value
+
+    # --- both -----------------------------------------------------------------------------------------------------
+
+    def _weight(self, tensor: Stored) -> Iterator[Job]:
+        for block in self._blocks(tensor.base):
+            yield self._weight_job(tensor, block)
+
+    def _weight_job(self, tensor: Stored, block: Block) -> Job:
+        assert block.piece is not None
+        linear = block.piece.name.removesuffix(".weight")
+        if self.scheme.algorithm == "FP8":
+            round_to_fp8 = fp8_rounder(self.source.decoder.dtype, self._scales[linear].weight)
+            return Job(
+                tensor.name,
+                lambda: round_to_fp8(rows_of(self.source, block)),
+                lambda: forget(self.source, block),
+            )
+        prequant = self._prequant(tensor.base)[slice(*(block.piece.columns or (0, None)))]
+        found: list[Array] = []
+
+        def make() -> Array:
+            scales, values = quantize_groups(rows_of(self.source, block), prequant, self.scheme.group_size, linear)
+            found.append(scales)
+            return pack_rows(values)
+
+        def written() -> None:
+            self._group_scales += found
+            forget(self.source, block)
+
+        return Job(tensor.name, make, written)
+
+    def _take_group_scales(self) -> Array:
+        import numpy as np
+
+        scales, self._group_scales = np.concatenate(self._group_scales), []
+        return scales
+
+    def _prequant(self, base: TensorSpec) -> Array:
+        """What the layer's input is multiplied by, as stored, float32 [in]. q, k and v share their mean."""
+        import numpy as np
+
+        from .safetensors import numpy_dtype
+
+        linears = dict.fromkeys(piece.name.removesuffix(".weight") for piece in base.pieces)
+        vectors = [self.statistics.vector(f"{linear}.pre_quant_scale") for linear in linears]
+        mean: Array = np.stack(vectors).mean(axis=0, dtype=np.float64)
+        return mean.astype(numpy_dtype(self.dtype)).astype(np.float32)
+
+    def _vector_of(self, tensor: Stored) -> Callable[[], Array]:
+        """A small tensor that needs no weights."""
+        import numpy as np
+
+        from .safetensors import numpy_dtype
+
+        def make() -> Array:
+            linear = tensor.base.pieces[0].name.removesuffix(".weight")
+            if tensor.part == "prequant_scale":
+                columns = tensor.base.pieces[0].columns or (0, None)
+                return self._prequant(tensor.base)[slice(*columns)].astype(numpy_dtype(self.dtype)).view(np.uint8)
+            if tensor.part == "cache_scale":
+                return np.array([self._cache_scale(tensor)], np.float32)
+            scales = self._scales[linear]
+            return np.array([scales.weight if tensor.part == "weight_scale" else scales.input], np.float32)
+
+        return make
+
+    def _cache_scale(self, tensor: Stored) -> float:
+        _, k, v = (piece.name.removesuffix(".weight") for piece in tensor.base.pieces)
+        assert self.scheme.cache
+        scales = {name: cache_scale(self.statistics, name, self.scheme.cache) for name in (k, v)}
+        which = tensor.name.rpartition(".")[2]
+        return {"k_cache_scaling_factor": scales[k], "v_cache_scaling_factor": scales[v]}.get(
+            which, max(scales.values())
+        )
+
+
+def _last(tensor: Stored, make: Callable[[], Array]) -> Job:
+    return Job(tensor.name, make, last=True)
+
+
+def linear_groups(decoder: Decoder) -> Iterator[tuple[str, ...]]:
+    """HF linear layers whose FP8 scales must agree: q, k, v are one matrix; gate and up read one quantised input."""
+    for layer in range(decoder.layers):
+        for roles in (("q", "k", "v"), ("dense",), ("gate", "up"), ("down",)):
+            yield tuple(decoder.names[role].format(layer) for role in roles)
+
+
+def cache_scale(statistics: Statistics, linear: str, cache: str) -> float:
+    """What a cached key or value is multiplied by when it is read. FP8: never below 1, so that small ones keep their
+    relative precision (E4M3 has an exponent); INT8: the largest seen is 127."""
+    amax = statistics.number(f"{linear}.cache_amax")
+    return max(amax / E4M3_MAX, 1.0) if cache == "FP8" else amax / INT8_MAX
+
+
+def _warn_of_cache(decoder: Decoder, statistics: Statistics, cache: str) -> None:
+    if decoder.qkv_bias and not decoder.qk_norm:
+        events.warn(
+            f"kv_cache={cache.lower()}: q, k and v of this model have biases and no norms, as in Qwen2; its keys are "
+            "large in a few channels, and an 8-bit cache is known to turn the text of such models into nonsense"
+        )
+    names: Mapping[str, str] = decoder.names
+    linears = [names[role].format(layer) for layer in range(decoder.layers) for role in ("k", "v")]
+    large = [name for name in linears if statistics.number(f"{name}.cache_amax") / E4M3_MAX > LARGE_CACHE_SCALE]
+    if large and cache == "FP8":
+        events.warn(
+            f"kv_cache=fp8: keys or values above {LARGE_CACHE_SCALE * E4M3_MAX:g} in {len(large)} layers, "
+            f"first {large[0]}: rounding them to 8 bits costs quality"
+        )
