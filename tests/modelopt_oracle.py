@@ -1,8 +1,8 @@
 """NVIDIA ModelOpt's own quantization and TensorRT-LLM export of a Hugging Face folder: what ours must agree with.
 
-    model = calibrated(hf, "int4_awq", group_size=64)
-    checkpoint.write_statistics(folder, statistics(model), {"method": "awq", ...})
-    legacy_export(model, out, tp=2)  # rank0.safetensors, rank1.safetensors, config.json
+model = calibrated(hf, "int4_awq", group_size=64)
+checkpoint.write_statistics(folder, statistics(model), {"method": "awq", ...})
+legacy_export(model, out, tp=2)  # rank0.safetensors, rank1.safetensors, config.json
 """
 
 from __future__ import annotations
@@ -62,16 +62,17 @@ def calibrated(
         the model with its quantizers. The search's record stays on each linear as `awq_lite`. int4_awq has multiplied
         the weights by 1/pre_quant_scale: take those of the folder.
     """
-    import modelopt.torch.quantization as mtq
-
     model = load(hf, dtype)
-    rows = token_rows(model.config.vocab_size) if tokens is None else tokens  # type: ignore[union-attr]
+    config: Any = model.config
+    rows = token_rows(config.vocab_size) if tokens is None else tokens
 
     def forward(module: Model) -> None:
         with torch.no_grad():
             module(input_ids=rows, use_cache=False)
 
     with _quiet():
+        import modelopt.torch.quantization as mtq
+
         quantized: Model = mtq.quantize(model, _config(method, kv, group_size), forward)
     return quantized
 
@@ -154,12 +155,12 @@ def legacy_export(model: Model, folder: Path, tp: int = 1, pp: int = 1, dtype: s
         pp: pipeline parallel size.
         dtype: of what is not quantized, `float16` or `bfloat16`.
     """
-    from modelopt.torch.export import export_tensorrt_llm_checkpoint
-
     model = copy.deepcopy(model)  # the export merges scales inside the model
-    decoder = DECODERS[model.config.model_type]  # type: ignore[union-attr,index]
+    config: Any = model.config
     with _quiet():
-        export_tensorrt_llm_checkpoint(model, decoder, getattr(torch, dtype), folder, tp, pp)
+        from modelopt.torch.export import export_tensorrt_llm_checkpoint
+
+        export_tensorrt_llm_checkpoint(model, DECODERS[config.model_type], getattr(torch, dtype), folder, tp, pp)
     return folder
 
 
@@ -174,7 +175,7 @@ def read_export(folder: Path) -> tuple[dict[str, Any], list[dict[str, torch.Tens
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """ModelOpt prints, and warns of what does not matter here."""
+    """ModelOpt prints, and warns: when it is imported, of transformers it was not tested with."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -6,13 +6,14 @@ names that onnxruntime-genai expects.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from engine_recipes import Decoder
 from engine_recipes.checkpoint import Checkpoint
 
+from .blocks import pieces
 from .graph import MICROSOFT, Graph, onnx_dtype
+from .quantized import QuantizedOps
 from .rope import tables
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 EMBEDDING = "transformer.vocab_embedding"
 HEAD = "lm_head"
-_CHUNK = 16 << 20  # bytes of a weight handled at a time
 _END = (1 << 63) - 1
 
 
@@ -33,7 +33,7 @@ class ContribOps:
 
     Args:
         graph: where nodes and weights go.
-        weights: a TensorRT-LLM checkpoint without quantization.
+        weights: a TensorRT-LLM checkpoint that `check_algorithms` accepted.
         compute: `float32`, `float16` or `bfloat16`: of every value between the embedding and the logits. Weights
             are stored as the checkpoint has them and converted when the engine is loaded.
         positions: rows of the rope tables, the longest sequence.
@@ -47,7 +47,10 @@ class ContribOps:
         self.compute = compute
         self.decoder: Decoder = weights.decoder
         self.tied = tied
+        self.quantized = QuantizedOps(graph, weights)
         self._lengths(positions)
+        if self.quantized.cache:
+            self._positions()
 
     def _lengths(self, positions: int) -> None:
         import numpy as np
@@ -66,6 +69,18 @@ class ContribOps:
         cos, sin = tables(self.decoder, positions)
         self.cos = self._small("rope.cos", cos)
         self.sin = self._small("rope.sin", sin)
+
+    def _positions(self) -> None:
+        """The position of each new token, int64 [B, S], for rope outside GroupQueryAttention, which counts alike."""
+        import numpy as np
+
+        g = self.graph
+        zero, one = g.constant("zero", np.array(0)), g.constant("axis1", np.array(1))
+        count = g.node("Gather", [g.node("Shape", [self.ids], "ids.shape"), one], "S.int64")
+        # of each sequence, the first new token; a prompt that is padded at its end has fewer tokens than S
+        first = g.node("Max", [g.node("Sub", ["tokens", count], "first.unbounded"), zero], "first")  # [B]
+        column = g.node("Unsqueeze", [first, g.constant("one", np.array([1]))], "first.column")  # [B, 1]
+        self.positions = g.node("Add", [column, g.node("Range", [zero, count, one], "new")], "positions")
 
     def embed(self) -> str:
         """Rows of the embedding table. [B, S] -> [B, S, hidden_size]"""
@@ -98,8 +113,9 @@ class ContribOps:
         """x · weightᵀ + bias, where there is a bias. [B, S, in] -> [B, S, out]"""
         biased = f"{name}.bias" in self._names
         product = f"{name}.product" if biased else name
-        # weights are [out, in] and stay so: transB reads them as they lie
-        self.graph.node("FusedMatMul", [x, self._matrix(name)], product, MICROSOFT, transB=1)
+        if not self.quantized.linear(x, name, product):
+            # weights are [out, in] and stay so: transB reads them as they lie
+            self.graph.node("FusedMatMul", [x, self._matrix(name)], product, MICROSOFT, transB=1)
         return self.graph.node("Add", [product, self._vector(f"{name}.bias")], name) if biased else name
 
     def gated(self, gate: str, up: str, name: str) -> str:
@@ -107,17 +123,25 @@ class ContribOps:
         silu = self.graph.node("QuickGelu", [gate], f"{name}.silu", MICROSOFT, alpha=1.0)  # x · sigmoid(1 · x)
         return self.graph.node("Mul", [silu, up], name)
 
-    def normed_heads(self, qkv: str, name: str) -> tuple[str, str, str]:
-        """Split into q, k, v and normalise each head of q and of k, before rope.
+    def split(self, qkv: str, name: str) -> list[str]:
+        """Split into q, k and v.
 
         [B, S, (heads + 2 kv_heads) · head_size] -> [B, S, heads · head_size], twice [B, S, kv_heads · head_size]
         """
         import numpy as np
 
-        g, d = self.graph, self.decoder
+        d = self.decoder
         widths = [d.heads * d.head_size, d.kv_heads * d.head_size, d.kv_heads * d.head_size]
         parts = [f"{name}.{part}" for part in "qkv"]
-        g.nodes("Split", [qkv, g.constant("qkv.widths", np.array(widths))], parts, axis=-1)
+        self.graph.nodes("Split", [qkv, self.graph.constant("qkv.widths", np.array(widths))], parts, axis=-1)
+        return parts
+
+    def normed_heads(self, qkv: str, name: str) -> tuple[str, str, str]:
+        """Split as `split` does, and normalise each head of q and of k, before rope."""
+        import numpy as np
+
+        g, d = self.graph, self.decoder
+        parts = self.split(qkv, name)
         by_head = g.constant("by_head", np.array([0, 0, -1, d.head_size]))
         flat = g.constant("flat", np.array([0, 0, -1]))
         for i, part in enumerate("qk"):
@@ -128,27 +152,44 @@ class ContribOps:
         return parts[0], parts[1], parts[2]
 
     def attention(self, layer: int, q: str, k: str = "", v: str = "") -> str:
-        """Rope, cache and causal attention in one node; `q` alone is q, k and v packed. -> [B, S, heads · head_size]"""
+        """Rope, cache and causal attention; `q` alone is q, k and v packed. -> [B, S, heads · head_size]
+
+        A quantised cache holds rounded keys and values, once rounded when they enter it, and attention sees only
+        those. (TensorRT-LLM's kernels may take the unrounded ones for the prompt.)
+        """
         g, d = self.graph, self.decoder
+        name = f"transformer.layers.{layer}.attention"
+        rope = {"do_rotary": 1, "rotary_interleaved": 0}
+        angles = [self.cos, self.sin]
+        if self.quantized.cache:
+            q, k, v = self._rounded(layer, *((q, k, v) if k else self.split(q, name)))
+            rope, angles = {"do_rotary": 0}, []
         past, present = [], []
         for what in ("key", "value"):
-            name = f"past_key_values.{layer}.{what}"
-            past.append(g.input(name, self.compute, ["B", d.kv_heads, "P", d.head_size]))
-            name = f"present.{layer}.{what}"
-            present.append(g.output(name, self.compute, ["B", d.kv_heads, "T", d.head_size]))
-        name = f"transformer.layers.{layer}.attention"
+            value = f"past_key_values.{layer}.{what}"
+            past.append(g.input(value, self.compute, ["B", d.kv_heads, "P", d.head_size]))
+            value = f"present.{layer}.{what}"
+            present.append(g.output(value, self.compute, ["B", d.kv_heads, "T", d.head_size]))
         g.nodes(
             "GroupQueryAttention",
-            [q, k, v, *past, self.last, self.total, self.cos, self.sin],
+            [q, k, v, *past, self.last, self.total, *angles],
             [name, *present],
             MICROSOFT,
             num_heads=d.heads,
             kv_num_heads=d.kv_heads,
             scale=d.head_size**-0.5,
-            do_rotary=1,
-            rotary_interleaved=0,
+            **rope,
         )
         return name
+
+    def _rounded(self, layer: int, q: str, k: str, v: str) -> tuple[str, str, str]:
+        """q and k turned by rope, k and v rounded: what GroupQueryAttention would cache unrounded if it did rope."""
+        turned = [
+            self.graph.node("RotaryEmbedding", [x, self.positions, self.cos, self.sin], f"{x}.rope", MICROSOFT)
+            for x in (q, k)
+        ]
+        k, v = (self.quantized.rounded_cache(x, layer, f"{x}.rounded") for x in (turned[1], v))
+        return turned[0], k, v
 
     def logits(self, x: str) -> str:
         """The head, for positions from `first_logit` on. [B, S, hidden_size] -> float32 [B, L, vocab_size]"""
@@ -173,8 +214,9 @@ class ContribOps:
         """A weight as the checkpoint has it. Rows of padding at the end of the head are left away."""
         tensor = f"{name}.weight"
         dtype, shape = self.weights.info(tensor)
-        rows = self.decoder.vocab_size if name in (HEAD, EMBEDDING) else shape[0]
-        return self.graph.weight(tensor, dtype, (rows, *shape[1:]), _pieces(self.weights, tensor, rows))
+        # with AWQ vocab_size may count padding that the head has and the embedding has not
+        rows = min(self.decoder.vocab_size, shape[0]) if name in (HEAD, EMBEDDING) else shape[0]
+        return self.graph.weight(tensor, dtype, (rows, *shape[1:]), pieces(self.weights, tensor, rows))
 
     def _vector(self, name: str) -> str:
         """A norm weight or a bias, in the compute dtype."""
@@ -189,19 +231,11 @@ def is_tied(weights: Checkpoint) -> bool:
     if f"{HEAD}.weight" not in weights.names():
         return True
     head, table = (weights.info(f"{name}.weight") for name in (HEAD, EMBEDDING))
-    if head[0] != table[0] or head[1][1:] != table[1][1:]:
-        return False
     rows = weights.decoder.vocab_size  # the head may be padded
-    pairs = zip(_pieces(weights, f"{HEAD}.weight", rows), _pieces(weights, f"{EMBEDDING}.weight", rows), strict=True)
+    if head[0] != table[0] or head[1][1:] != table[1][1:] or min(head[1][0], table[1][0]) < rows:
+        return False
+    pairs = zip(pieces(weights, f"{HEAD}.weight", rows), pieces(weights, f"{EMBEDDING}.weight", rows), strict=True)
     return all((a.view("uint8") == b.view("uint8")).all() for a, b in pairs)
-
-
-def _pieces(weights: Checkpoint, name: str, rows: int) -> Iterator[Array]:
-    array = weights.array(name)
-    step = max(1, _CHUNK * len(array) // array.nbytes)
-    for start in range(0, rows, step):
-        yield array[start : min(start + step, rows)]
-    weights.forget(name)
 
 
 def _as(array: Array, dtype: str) -> Array:

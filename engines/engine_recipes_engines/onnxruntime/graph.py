@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
+#: Note in the model: types that a quantised model rounds activations or its cache to, with spaces between.
+ROUNDING = "rounding"
 #: Every weight starts on a page of its own, so that onnxruntime can map it instead of reading it.
 ALIGNMENT = 4096
 #: RMSNormalization came with opset 23; IR 11 belongs to it. onnxruntime 1.23 and later read both.
@@ -122,8 +124,8 @@ class Graph:
             view = view[self._data.write(view[: 64 << 20]) :]
             self._written(self._data.tell())
 
-    def save(self) -> None:
-        """Write `model.onnx`."""
+    def save(self, notes: Mapping[str, str] | None = None) -> None:
+        """Write `model.onnx`. `notes` are kept in it (ONNX's metadata_props)."""
         import onnx
         from onnx import helper
 
@@ -132,6 +134,7 @@ class Graph:
         )
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
         model = helper.make_model(graph, opset_imports=opsets, producer_name="engine-recipes", ir_version=IR_VERSION)
+        helper.set_model_props(model, dict(notes or {}))
         onnx.save(model, self._folder / MODEL)
 
 
@@ -149,9 +152,14 @@ def onnx_dtype(name: str) -> int:
     return int(TensorProto.DataType.Value(names.get(name, name.upper())))
 
 
-def itemsize(name: str) -> int:
-    """Bytes of one element."""
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """numpy's dtype for its own or ml_dtypes' name of a type."""
     import ml_dtypes
     import numpy as np
 
-    return np.dtype(getattr(ml_dtypes, name, name)).itemsize
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def itemsize(name: str) -> int:
+    """Bytes of one element."""
+    return numpy_dtype(name).itemsize

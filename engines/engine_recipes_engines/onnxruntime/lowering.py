@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from engine_recipes import RequestError, events, require_room
 from engine_recipes.checkpoint import Checkpoint
 
 from .contrib import HEAD, ContribOps, is_tied
-from .graph import Graph, itemsize
+from .graph import ROUNDING, Graph, itemsize
+from .quantized import check_algorithms, stored_bytes
 
 
 def lower(weights: Checkpoint, folder: Path, target: str = "cpu", max_seq_len: int = 0) -> int:
     """Write `model.onnx` and `model.onnx.data` into `folder`.
 
     Args:
-        weights: a checkpoint without quantization; tensor by tensor, nothing is held twice.
+        weights: a checkpoint, quantised or not; tensor by tensor, nothing is held twice.
         folder: has neither file yet.
-        target: `cpu` computes in float32, `sm89` and the like in the checkpoint's own dtype.
+        target: `cpu` computes in float32, `sm89` and the like in the checkpoint's own dtype, unquantised.
         max_seq_len: longest sequence, in tokens; 0 is what the model is meant for.
 
     Returns:
         The longest sequence.
 
     Raises:
-        RequestError: something this engine cannot do: quantization, an activation, a rope scaling, a length.
+        RequestError: something this engine cannot do: a quantization, an activation, a rope scaling, a length.
         MachineError: the disk is too small.
     """
-    _check(weights)
+    _check(weights, target)
     compute = compute_dtype(weights, target)
     positions = _positions(weights, max_seq_len)
     tied = is_tied(weights)
     total = _total_bytes(weights, compute, positions, tied)
     require_room("the engine", total, folder)
     with Graph(folder, lambda done: events.progress("lowering", done, total, "B")) as graph:
-        decode(ContribOps(graph, weights, compute, positions, tied))
-        graph.save()
+        ops = ContribOps(graph, weights, compute, positions, tied)
+        decode(ops)
+        graph.save({ROUNDING: " ".join(ops.quantized.rounding)})
     return positions
 
 
@@ -73,14 +74,8 @@ def compute_dtype(weights: Checkpoint, target: str) -> str:
     return weights.dtype
 
 
-def _check(weights: Checkpoint) -> None:
-    for key in ("quant_algo", "kv_cache_quant_algo"):
-        algorithm = weights.quantization.get(key)
-        if algorithm is not None:
-            raise RequestError(
-                f"the onnxruntime engine cannot lower {key} {algorithm}",
-                "choose the fp16 precision, or another engine",
-            )
+def _check(weights: Checkpoint, target: str) -> None:
+    check_algorithms(weights, target)
     if weights.decoder.activation != "silu":
         raise RequestError(
             f"the onnxruntime engine does not know the activation {weights.decoder.activation!r}",
@@ -105,5 +100,5 @@ def _positions(weights: Checkpoint, max_seq_len: int) -> int:
 
 def _total_bytes(weights: Checkpoint, compute: str, positions: int, tied: bool) -> int:
     names = [name for name in weights.names() if not (tied and name == f"{HEAD}.weight")]
-    stored = sum(itemsize(dtype) * math.prod(shape) for dtype, shape in map(weights.info, names))
+    stored = sum(stored_bytes(weights, name) for name in names)
     return stored + positions * weights.decoder.head_size * itemsize(compute)  # rope: half a head, twice

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine_recipes import MachineError, RequestError, Sampling
 
-from .graph import MODEL
+from .graph import MODEL, ROUNDING
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,6 +55,8 @@ class OnnxRuntime:
         past = {value.name: value for value in self._session.get_inputs()}["past_key_values.0.key"]
         self.compute: str = _DTYPES[past.type]
         self._heads, self._head_size = past.shape[1], past.shape[3]
+        #: types that activations or the cache are rounded to, if the model is quantised so
+        self.rounding: list[str] = self._session.get_modelmeta().custom_metadata_map.get(ROUNDING, "").split()
 
     def generate(self, prompt: Sequence[int], sampling: Sampling, stop: frozenset[int] = frozenset()) -> Iterator[int]:
         """Yield new token ids; the prompt is looked at before the first is asked for.

@@ -139,8 +139,7 @@ def test_what_it_cannot_do_is_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quantization": {"quant_algo": "FP8"}}, "cannot lower quant_algo FP8"),
-        ({"quantization": {"quant_algo": None, "kv_cache_quant_algo": "INT8"}}, "kv_cache_quant_algo INT8"),
+        ({"quantization": {"quant_algo": "NVFP4"}}, "cannot lower quant_algo NVFP4"),
         ({"hidden_act": "gelu"}, "does not know the activation 'gelu'"),
     ],
 )

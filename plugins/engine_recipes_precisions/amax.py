@@ -1,0 +1,196 @@
+"""Calibration `amax`: the largest values that go into each linear layer and into the KV cache, found by ModelOpt.
+
+The weights are not looked at: their largest values are in the weights, and stage 1 reads those anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from engine_recipes import StageContext, StageFailed, checkpoint, events, hookimpl, read_texts
+
+from . import device as machine
+from .layers import Calibration, LayeredModel, check_length
+from .rows import Rows, batches, read_rows
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+#: Roles of the linear layers of a decoder layer, see `Decoder.names`.
+LINEARS = ("q", "k", "v", "dense", "gate", "up", "down")
+
+
+@hookimpl
+def calibrate(context: StageContext) -> None:
+    """Find the largest activations. Options: `data`, `size`, `seq_len`, `batch_size`, `seed`, `device`."""
+    with checkpoint.open_source(context.input("hf-checkpoint")) as source:
+        measure(context, source, Maxima(source))
+
+
+class Maxima:
+    """ModelOpt's max calibration, a layer at a time.
+
+    Attributes:
+        method: the calibration's name.
+        about: goes into calibration.json.
+        seconds: how long was spent on what else than running layers.
+    """
+
+    method = "amax"
+
+    def __init__(self, source: checkpoint.SourceCheckpoint) -> None:
+        self.names = source.decoder.names
+        self.about: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+
+    def extra_bytes(self) -> int:
+        """Device memory that is needed for what is summed up over the rows."""
+        return 0
+
+    def prepare(self, model: Any) -> None:
+        """Put ModelOpt's quantizers into a model without weights."""
+        with _quiet():
+            import modelopt.torch.quantization as mtq
+
+            config = copy.deepcopy(mtq.FP8_DEFAULT_CFG)
+            config = mtq.update_quant_cfg_with_kv_cache_quant(config, mtq.FP8_KV_CFG["quant_cfg"])
+            config["quant_cfg"].append({"quantizer_name": "*weight_quantizer", "enable": False})
+            config["algorithm"] = None  # calibrated layer by layer, when there are weights
+            mtq.quantize(model, config)
+
+    def layer(
+        self, index: int, layer: torch.nn.Module, forward: Callable[[Callable[[], None]], None]
+    ) -> dict[str, Array]:
+        """Measure one layer.
+
+        Args:
+            index, layer: which; its weights are there.
+            forward: runs all rows through it, and calls its argument after each part that went through.
+
+        Returns:
+            The layer's statistics by name, float32.
+        """
+        self._max_calibrate(index, layer, lambda: forward(lambda: None))
+        return self.read(index, layer)
+
+    def _max_calibrate(self, index: int, layer: torch.nn.Module, forward: Callable[[], None]) -> None:
+        from modelopt.torch.quantization.model_calib import max_calibrate
+
+        try:
+            max_calibrate(layer, lambda _: forward(), distributed_sync=False)
+        except AssertionError as error:  # of ModelOpt's MaxCalibrator
+            if not any(word in str(error) for word in ("nan", "inf")):
+                raise
+            raise StageFailed(
+                f"activations of {self.names['q'].partition('.{}')[0]}.{index} are NaN or inf",
+                "the source may be damaged, or its values too large for the dtype it is calibrated in",
+            ) from None
+
+    def read(self, index: int, layer: torch.nn.Module) -> dict[str, Array]:
+        """What ModelOpt found: `<linear>.input_amax` and `<k or v>.cache_amax`, float32 [1]."""
+        import torch
+
+        found = {}
+        for role in LINEARS:
+            linear = self.module(layer, role)
+            found[f"{self.names[role].format(index)}.input_amax"] = linear.input_quantizer.amax
+        for role in ("k", "v"):
+            attention = self.module(layer, role, parent=True)
+            quantizer = getattr(attention, f"{role}_bmm_quantizer", None)
+            found[f"{self.names[role].format(index)}.cache_amax"] = getattr(quantizer, "amax", None)
+        missing = [name for name, value in found.items() if value is None]
+        if missing:
+            raise StageFailed(
+                f"ModelOpt {version('nvidia-modelopt')} measured no {missing[0]}",
+                "its plugin for transformers does not know this model class; try other versions of the two",
+            )
+        values = torch.stack([value.reshape(()).float() for value in found.values()]).cpu().numpy()
+        return {name: values[place : place + 1] for place, name in enumerate(found)}
+
+    def module(self, layer: torch.nn.Module, role: str, parent: bool = False) -> Any:
+        """The linear layer with that role, or what contains it."""
+        name = self.names[role].partition(".{}.")[2]
+        return layer.get_submodule(name.rpartition(".")[0] if parent else name)
+
+
+def measure(context: StageContext, source: checkpoint.SourceCheckpoint, maxima: Maxima) -> None:
+    """Run the calibration text through the model and write what `maxima` finds."""
+    options = context.options
+    seq_len = int(options["seq_len"])
+    check_length(source, seq_len)
+    start = perf_counter()
+    texts = read_texts(str(options["data"]))
+    rows = read_rows(texts, source.folder, int(options["size"]), seq_len, int(options["seed"]))
+    seconds = {"tokenise": perf_counter() - start}
+    start = perf_counter()
+    import torch
+
+    device = machine.choose(str(options["device"]))
+    with machine.memory_errors(), torch.no_grad():
+        model = LayeredModel(source, device, machine.compute_dtype(device))
+        calibration = _place_rows(rows, model, maxima, int(options["batch_size"]), seq_len)
+        maxima.prepare(model.model)
+        seconds["start"] = perf_counter() - start
+        tensors = _measure_layers(model, calibration, maxima)
+    seconds.update(model.seconds, **maxima.seconds)
+    about = {
+        "method": maxima.method,
+        **maxima.about,
+        **_about(rows, seq_len, model, calibration.parts.rows),
+        "phases": {f"{phase}_seconds": round(spent, 3) for phase, spent in seconds.items()},
+    }
+    checkpoint.write_statistics(context.out, tensors, about)
+
+
+def _place_rows(rows: Rows, model: LayeredModel, maxima: Maxima, asked: int, seq_len: int) -> Calibration:
+    decoder, device, width = model.source.decoder, model.device, model.dtype.itemsize
+    hidden = rows.tokens * decoder.hidden_size * width
+    keep_on = machine.place_hidden(device, hidden)
+    layers = 2 * width * decoder.parameters // decoder.layers
+    taken = layers + maxima.extra_bytes() + (hidden if keep_on == device else 0)
+    size = asked or machine.batch_size(decoder, device, seq_len, taken, width)
+    return Calibration(model, batches(rows, size), keep_on)
+
+
+def _measure_layers(model: LayeredModel, calibration: Calibration, maxima: Maxima) -> dict[str, Array]:
+    tensors = {}
+    events.progress("calibrating", 0, len(model.layers), "layers")
+    for index, layer in model.loaded():
+
+        def forward(done: Callable[[], None], index: int = index, layer: torch.nn.Module = layer) -> None:
+            calibration.forward(index, layer, done)
+
+        tensors.update(maxima.layer(index, layer, forward))
+        events.progress("calibrating", index + 1, len(model.layers), "layers")
+    return tensors
+
+
+def _about(rows: Rows, seq_len: int, model: LayeredModel, batch_size: int) -> dict[str, Any]:
+    return {
+        "rows": rows.count,
+        "tokens": rows.tokens,
+        "seq_len": seq_len,
+        "batch_size": batch_size,
+        "device": machine.describe(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "peak_gpu_bytes": machine.peak_bytes(model.device),
+        "versions": {name: version(name) for name in ("nvidia-modelopt", "torch", "transformers")},
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """ModelOpt prints its configuration, and warns of versions of transformers that it was not tested with."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

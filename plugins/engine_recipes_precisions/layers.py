@@ -1,0 +1,284 @@
+"""A Hugging Face decoder, run one layer at a time over all calibration rows.
+
+The model is built without weights, on torch's meta device. The rows are embedded; then each layer's weights are read
+from the mapped source, all batches go through it, and its weights are dropped. What is held is one layer, the next
+one, which is being read meanwhile, and the hidden states of all rows, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from engine_recipes import MachineError, RequestError, StageFailed, checkpoint
+
+from . import device as machine
+from .rows import Batch
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+    Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class LayeredModel:
+    """A model whose layers get their weights one at a time.
+
+    Attributes:
+        model: transformers' model; its parameters are on the meta device.
+        layers: its decoder layers, in order.
+        seconds: how long was spent on `load` (waiting for weights) and `forward`.
+    """
+
+    def __init__(self, source: checkpoint.SourceCheckpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self.source, self.device, self.dtype = source, device, dtype
+        self.model = _without_weights(source, dtype)
+        self.prefix = source.decoder.names["q"].partition(".{}")[0]
+        self.layers: Sequence[torch.nn.Module] = list(self.model.get_submodule(self.prefix))
+        self.seconds = {"load": 0.0, "forward": 0.0}
+        self._check_names()
+        self._place_buffers()
+        self._leave_out_final_norm()
+
+    def embed(self, batches: Sequence[Batch], keep_on: torch.device) -> list[torch.Tensor]:
+        """What goes into the first layer: for each batch [rows, length, hidden] in the compute dtype, on `keep_on`."""
+        import torch
+
+        name = self.source.decoder.names["embedding"]
+        module = self.model.get_submodule(name.removesuffix(".weight"))
+        used, compact = _renumber(batches)
+        if used[-1] >= self.source.decoder.vocab_size:
+            raise RequestError(
+                f"the tokenizer gives id {used[-1]} and the model has {self.source.decoder.vocab_size} ids",
+                "tokenizer.json belongs to another model",
+            )
+        table = self._tensor(self.source.array(name)[used])  # only the rows of the table that occur
+        self.source.forget(name)
+        module.padding_idx = None
+        module.weight = torch.nn.Parameter(table, requires_grad=False)
+        hidden = []
+        for batch, ids in zip(batches, compact, strict=True):
+            calls = self._record(input_ids=torch.from_numpy(ids).to(self.device), **self._positions(batch))
+            kept = torch.empty(calls[0][0].shape, dtype=self.dtype, device=keep_on, pin_memory=self._pinned(keep_on))
+            hidden.append(kept.copy_(calls[0][0]))
+        module.to("meta")
+        return hidden
+
+    def arguments(self, batch: Batch, rows: torch.Tensor) -> list[Arguments]:
+        """What the model passes to each layer beside the hidden states: masks, rotary tables.
+
+        Args:
+            batch: the rows in question.
+            rows: their hidden states; only the shape counts.
+        """
+        calls = self._record(inputs_embeds=rows, **self._positions(batch))
+        return [(args, kwargs) for _, args, kwargs in calls]
+
+    def _record(self, **inputs: Any) -> list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]]:
+        """Run the model with layers that do nothing but note how they are called."""
+        calls: list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]] = []
+
+        def note(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            calls.append((hidden, args, kwargs))
+            return hidden
+
+        for layer in self.layers:
+            layer.forward = note
+        try:
+            self.model.base_model(**inputs, use_cache=False)
+        finally:
+            for layer in self.layers:
+                del layer.forward
+        if len(calls) != len(self.layers):
+            raise StageFailed(
+                f"{type(self.model).__name__} of transformers ran {len(calls)} of its {len(self.layers)} layers",
+                "calibrate with another version of transformers",
+            )
+        return calls
+
+    def loaded(self) -> Iterator[tuple[int, torch.nn.Module]]:
+        """Each layer in turn with its weights on the device; they are dropped when the next one is asked for."""
+        with ThreadPoolExecutor(1, thread_name_prefix="weights") as pool:
+            ahead = pool.submit(self._weights, 0)
+            for index, layer in enumerate(self.layers):
+                start = perf_counter()
+                weights = ahead.result()
+                self.seconds["load"] += perf_counter() - start
+                if index + 1 < len(self.layers):
+                    ahead = pool.submit(self._weights, index + 1)
+                layer.load_state_dict(weights, strict=False, assign=True)
+                del weights
+                yield index, layer
+                layer.to("meta")
+
+    def _weights(self, index: int) -> dict[str, torch.Tensor]:
+        """A layer's weights on the device, by their names within the layer. Called from another thread."""
+        import torch
+
+        prefix = f"{self.prefix}.{index}."
+        cuda: Any = torch.cuda
+        stream = cuda.Stream(self.device) if self.device.type == "cuda" else None
+        found = {}
+        with cuda.stream(stream):  # which does nothing with None
+            for name in parameter_names(self.layers[index]):
+                found[name] = self._tensor(self.source.array(prefix + name))
+                self.source.forget(prefix + name)
+        if stream is not None:
+            stream.synchronize()
+            for tensor in found.values():  # their memory must not be used again before the layer has run
+                tensor.record_stream(cuda.default_stream(self.device))
+        return found
+
+    def _tensor(self, array: Array) -> torch.Tensor:
+        """A copy of a weight on the device, in the compute dtype."""
+        import torch
+
+        kind = getattr(torch, array.dtype.name)
+        host = torch.empty(array.shape, dtype=kind, pin_memory=self._pinned(torch.device("cpu")))
+        integers = {2: torch.int16, 4: torch.int32}[kind.itemsize]  # numpy and torch share no bfloat16
+        host.view(integers).numpy()[...] = array.view(f"i{kind.itemsize}")
+        return host.to(self.device, non_blocking=True).to(self.dtype)
+
+    def _pinned(self, place: torch.device) -> bool:
+        return self.device.type == "cuda" and place.type == "cpu"
+
+    def _positions(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Positions that start again are how transformers is told that a row holds several texts."""
+        import torch
+
+        if batch.positions is None:
+            return {}
+        return {"position_ids": torch.from_numpy(batch.positions).to(self.device)}
+
+    def _check_names(self) -> None:
+        """Demand that the layers have exactly the parameters that the source has."""
+        for index, layer in enumerate(self.layers):
+            prefix = f"{self.prefix}.{index}."
+            wanted = {prefix + name for name in parameter_names(layer)}
+            given = {name for name in self.source.tensors if name.startswith(prefix) and "inv_freq" not in name}
+            if wanted != given:
+                raise StageFailed(
+                    f"{type(self.model).__name__} of transformers and the source disagree about {min(wanted ^ given)}",
+                    "config.json names another model class than the weights belong to",
+                )
+
+    def _place_buffers(self) -> None:
+        for module in self.model.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, buffer.to(self.device))
+
+    def _leave_out_final_norm(self) -> None:
+        import torch
+
+        name = self.source.decoder.names["final_norm"].removesuffix(".weight")
+        parent, _, leaf = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), leaf, torch.nn.Identity())
+
+
+def parameter_names(module: torch.nn.Module) -> list[str]:
+    """Names of a module's parameters."""
+    return [name for name, _ in module.named_parameters()]
+
+
+class Calibration:
+    """All batches and what they have become after the layers so far.
+
+    Attributes:
+        hidden: for each batch, [rows, length, hidden].
+    """
+
+    def __init__(self, model: LayeredModel, batches: Sequence[Batch], keep_on: torch.device) -> None:
+        self._model, self._batches = model, batches
+        self.hidden = model.embed(batches, keep_on)
+        self._arguments: dict[tuple[int, ...], list[Arguments]] = {}
+        rows, length = (max(batch.ids.shape[axis] for batch in batches) for axis in (0, 1))
+        self.parts = machine.Parts(rows, f"a row of {length} tokens", self._arguments.clear)
+
+    def forward(self, index: int, layer: torch.nn.Module, done: Callable[[], None] = lambda: None) -> None:
+        """Run all batches through a layer; its outputs replace its inputs.
+
+        Args:
+            index, layer: which.
+            done: called after each part of a batch that went through whole.
+        """
+        start = perf_counter()
+        for number, hidden in enumerate(self.hidden):
+            self.parts.run(len(hidden), self._part(index, layer, number, done))
+        machine.wait(self._model.device)
+        self._model.seconds["forward"] += perf_counter() - start
+
+    def _part(
+        self, index: int, layer: torch.nn.Module, number: int, done: Callable[[], None]
+    ) -> Callable[[int, int], None]:
+        hidden = self.hidden[number]
+
+        def run(start: int, stop: int) -> None:
+            rows = hidden[start:stop].to(self._model.device, non_blocking=True)
+            args, kwargs = self._arguments_of(number, start, stop, rows)[index]
+            out = layer(rows, *args, **kwargs)
+            hidden[start:stop].copy_(out[0] if isinstance(out, tuple) else out, non_blocking=True)
+            done()
+
+        return run
+
+    def _arguments_of(self, number: int, start: int, stop: int, rows: torch.Tensor) -> list[Arguments]:
+        """Worked out once; batches of the same shape without a mask of their own share them."""
+        batch = self._batches[number]
+        plain = batch.positions is None
+        key = (stop - start, rows.shape[1]) if plain else (number, start, stop)
+        if key not in self._arguments:
+            positions = None if batch.positions is None else batch.positions[start:stop]
+            self._arguments[key] = self._model.arguments(Batch(batch.ids[start:stop], positions), rows)
+        return self._arguments[key]
+
+
+def _without_weights(source: checkpoint.SourceCheckpoint, dtype: torch.dtype) -> Any:
+    """transformers' model for a source's config.json: parameters on the meta device, buffers real."""
+    import accelerate
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+    _check_rope(config, source)
+    with accelerate.init_empty_weights(include_buffers=False):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation="sdpa", dtype=dtype, trust_remote_code=False
+        )
+    return model.eval()
+
+
+def _check_rope(config: Any, source: checkpoint.SourceCheckpoint) -> None:
+    """transformers 4 reading a config.json of transformers 5 takes a rope base of 10000, without a word."""
+    import transformers
+
+    parameters: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
+    theta = parameters.get("rope_theta", getattr(config, "rope_theta", None))
+    scaling = {**(getattr(config, "rope_scaling", None) or {}), **parameters}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    wanted = (source.decoder.rope_theta, (source.decoder.rope_scaling or {}).get("rope_type", "default"))
+    if (theta, kind) != wanted:
+        raise MachineError(
+            f"transformers {transformers.__version__} reads this config.json as rope base {theta}, scaling {kind}; "
+            f"it says {wanted[0]:g}, {wanted[1]}",
+            "pip install --upgrade transformers",
+        )
+
+
+def _renumber(batches: Sequence[Batch]) -> tuple[Array, list[Array]]:
+    """The ids that occur, ascending, and each batch with every id replaced by its place among them."""
+    import numpy as np
+
+    used = np.unique(np.concatenate([batch.ids.reshape(-1) for batch in batches]))
+    return used, [np.searchsorted(used, batch.ids) for batch in batches]
+
+
+def check_length(source: checkpoint.SourceCheckpoint, seq_len: int) -> None:
+    """Refuse rows longer than the model's positions."""
+    if seq_len > source.decoder.max_positions:
+        raise RequestError(
+            f"calib.seq_len = {seq_len} and the model has {source.decoder.max_positions} positions",
+            f"--set calib.seq_len={source.decoder.max_positions} at most",
+        )
