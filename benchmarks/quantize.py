@@ -234,11 +234,10 @@ def quantize(model: Any, precision: str, forward: Any) -> None:
 def read(folder: Path, rows: int, seq_len: int) -> list[list[int]]:
     """The rows the product would take."""
     from engine_recipes import read_texts
-    from engine_recipes_precisions.rows import batches, read_rows
+    from engine_recipes_precisions.rows import read_rows
 
     text = read_texts("package:engine_recipes_precisions/calibration.txt.xz")
-    found = batches(read_rows(text, folder, rows, seq_len, 1234), rows)
-    return [list(map(int, row)) for row in found[0].ids]
+    return [list(map(int, row)) for row in read_rows(text, folder, rows, seq_len, 1234).ids]
 
 
 def held_out(arguments: argparse.Namespace, folder: Path) -> list[int]:

@@ -53,3 +53,15 @@ def test_versions_compare_as_pep_440_says(release: str, suffix: str, sign: str, 
         wanted += ".0"
     specifier = SpecifierSet(sign + wanted)
     assert within(release + suffix, sign + wanted) == specifier.contains(release + suffix, prereleases=True)
+
+
+@given(releases, releases, releases)
+def test_ranges_compare_as_pep_440_says(release: str, low: str, high: str) -> None:
+    wanted = f">={low},<{high}"
+    assert within(release, wanted) == SpecifierSet(wanted).contains(release, prereleases=True)
+
+
+def test_what_is_not_met_says_what_there_is() -> None:
+    facts = Facts(versions={"nvidia-modelopt": "0.37.0"})
+    assert facts.described("nvidia-modelopt>=0.47,<0.49") == "nvidia-modelopt>=0.47,<0.49, here is 0.37.0"
+    assert facts.described("torch>=2.8") == "torch>=2.8, not installed here"

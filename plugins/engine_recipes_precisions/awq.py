@@ -62,7 +62,7 @@ class Awq(Maxima):
             for group, total in zip(INPUTS, sums, strict=True):
                 hook = self.module(layer, group[0][0]).register_forward_pre_hook(total.look)
                 stack.callback(hook.remove)
-            self._max_calibrate(index, layer, lambda: forward(lambda: _add(sums)))
+            self._max_calibrate(layer, lambda: forward(lambda: _add(sums)))
         found = self.read(index, layer)
         found.update(self._search(index, layer, sums))
         return found

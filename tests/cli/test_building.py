@@ -33,7 +33,7 @@ def test_build_says_what_it_chose_and_what_it_did(toy_model: Path, recipes: Reci
     ran = recipes("build", "./toy-model:plain", "--engine", "echo")
     assert ran.out == ""
     assert "./toy-model:plain@echo for cpu  (chosen here: target cpu)" in ran.err
-    assert "stage 1  precision plain (engine-recipes-toy 1.0): " in ran.err
+    assert "stage 1   precision plain (engine-recipes-toy 1.0): " in ran.err
     assert "validation: pass" in ran.err
     assert "there already" in recipes("build", REF).err
     assert recipes("build", REF, "-q").err == ""

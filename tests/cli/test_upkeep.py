@@ -73,18 +73,24 @@ def test_gc_removes_garbage_and_what_no_engine_was_built_from(
 ) -> None:
     recipes("build", REF)
     recipes("build", REF, "--set", "scale=3", "--until", "stage1")
+    weighed = REF.replace("plain", "weighed")
+    recipes("build", weighed)
+    recipes("build", weighed, "--set", "tp_size=2", "--until", "calibrate")
     half = workspace / "engines" / ".tmp-half-0123"
     half.mkdir()
     (half / "model.bin").write_bytes(b"x" * 1000)
     dry = recipes("gc", "--dry-run", "--json").json
     assert dry["removed"] is False
     assert half.exists()
-    assert len(dry["folders"]) == 2
+    assert len(dry["folders"]) == 3
     assert recipes("gc", "-y").code == 0
     assert not half.exists()
-    assert len(list((workspace / "checkpoints").iterdir())) == 1
+    assert len(list((workspace / "checkpoints").iterdir())) == 2
+    assert len(list((workspace / "calibrations").iterdir())) == 1
     assert recipes("build", REF).err.count("there already") == 4
+    assert recipes("build", weighed).err.count("there already") == 5
     for folder in (workspace / "engines").iterdir():
         folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
     recipes("gc", "-y")
-    assert list((workspace / "checkpoints").iterdir()) == list((workspace / "sources").iterdir()) == []
+    for place in ("checkpoints", "calibrations", "sources"):
+        assert not list((workspace / place).iterdir())

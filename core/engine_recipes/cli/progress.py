@@ -59,7 +59,7 @@ class Lines:
 
     def line(self, event: Event, text: str) -> None:
         """One line about a stage."""
-        self.say(f"  {_stage(event):<9}{text}")
+        self.say(f"  {_stage(event):<10}{text}")
 
     def progress(self, event: Event) -> None:
         """How far it is, every few seconds."""

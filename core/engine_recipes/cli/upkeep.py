@@ -122,7 +122,7 @@ def _remove(folder: Path) -> None:
 @yes_option
 @place_options
 def gc_command(dry_run: bool, as_json: bool, yes: bool, setup: Setup) -> None:
-    """Remove incomplete folders, and checkpoints and sources that no engine was built from."""
+    """Remove incomplete folders, and checkpoints, calibrations and sources that no engine was built from."""
     doomed = unreferenced(setup)
     total = sum(size for _, size in doomed)
     if not as_json:
@@ -144,11 +144,11 @@ def unreferenced(setup: Setup) -> list[tuple[Path, int]]:
     store = setup.store
     doomed = store.garbage()
     if store.is_busy():  # a build may be about to use what no engine refers to yet
-        click.echo("something is being built: checkpoints and sources stay", err=True)
+        click.echo("something is being built: checkpoints, calibrations and sources stay", err=True)
         return [(path, size_of(path) if not path.is_symlink() else 0) for path in doomed]
     wanted = _inputs([manifest for _, manifest in store.artifacts("engines")])
     wanted |= {key for folder, manifest in store.artifacts("sources") for key in _downloaded(folder, manifest)}
-    for place in ("checkpoints", "sources"):
+    for place in ("checkpoints", "calibrations", "sources"):
         doomed += [
             folder for folder, manifest in store.artifacts(place) if manifest.get("key", folder.name) not in wanted
         ]
