@@ -207,3 +207,12 @@ def test_a_calibration_that_nobody_has_is_an_error_with_a_suggestion(registry: R
     with pytest.raises(RequestError, match="no calibration named 'weight'") as caught:
         plan(broken, "smollm2-135m:weighed@echo")
     assert "weigh" in caught.value.hint
+
+
+def test_what_an_engine_cannot_run_on_a_gpu_is_refused_before_it_is_calibrated(registry: Registry) -> None:
+    with pytest.raises(RequestError, match=r"onnxruntime does not run fp8 \(FP8\) on sm90") as caught:
+        plan(registry, "smollm2-135m:fp8@onnxruntime", target="sm90")
+    assert caught.value.hint == "choose --target cpu, or another engine"
+    with_cuda = replace(CPU, gpus=(ADA,), versions={**CPU.versions, "onnxruntime-gpu": "1.31"})
+    assert plan(registry, "smollm2-135m:fp16", facts=with_cuda).target == "sm89"
+    assert plan(registry, "smollm2-135m:fp8", facts=with_cuda).target == "cpu"

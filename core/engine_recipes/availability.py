@@ -23,6 +23,12 @@ def unsupported(precision: Precision, engine: Engine, target: str) -> tuple[str,
             f"{engine.name} builds for {', '.join(engine.targets)}, not {target}",
             f"give --target {engine.targets[0].replace('*', '89')} or another engine",
         )
+    if not _runs(engine, precision, target):
+        where = [pattern for pattern in engine.targets if _runs(engine, precision, pattern)]
+        return (
+            f"{engine.name} does not run {precision.name} ({precision.algorithm}) on {target}",
+            f"choose --target {where[0].replace('*', '89')}, or another engine" if where else "choose another engine",
+        )
     compute = _compute(target)
     if compute and precision.needs.compute and not within(compute, precision.needs.compute):
         return (
@@ -62,10 +68,10 @@ def requirements(engine: Engine, target: str) -> tuple[str, ...]:
     return (*engine.requires, *more)
 
 
-def default_target(engine: Engine, facts: Facts) -> str:
-    """This machine's GPU if the engine builds for it and has what it needs for that, else the CPU, else the GPU."""
+def default_target(precision: Precision, engine: Engine, facts: Facts) -> str:
+    """This machine's GPU if the engine builds this for it and has what it needs, else the CPU, else the GPU."""
     for candidate in (facts.target, "cpu"):
-        fits = any(fnmatch(candidate, pattern) for pattern in engine.targets)
+        fits = any(fnmatch(candidate, pattern) for pattern in engine.targets) and _runs(engine, precision, candidate)
         if fits and not facts.missing(requirements(engine, candidate)):
             return candidate
     return "cpu" if "cpu" in engine.targets else facts.target
@@ -77,7 +83,7 @@ def default_engine(registry: Registry, precision: Precision, facts: Facts, targe
     possible = []
     for name in names:
         engine = registry.engines[name]
-        where = target or default_target(engine, facts)
+        where = target or default_target(precision, engine, facts)
         if not unsupported(precision, engine, where)[0]:
             possible.append(name)
             if not facts.missing(requirements(engine, where)):
@@ -85,6 +91,12 @@ def default_engine(registry: Registry, precision: Precision, facts: Facts, targe
     if possible or names:
         return (possible or names)[0]
     raise RequestError("no engine is installed", "name one with @ENGINE, or install a package that adds one")
+
+
+def _runs(engine: Engine, precision: Precision, target: str) -> bool:
+    """Whether the engine can run checkpoints of the precision's algorithm there."""
+    known = [algorithms for pattern, algorithms in engine.algorithms.items() if fnmatch(target, pattern)]
+    return not precision.algorithm or not known or any(precision.algorithm in algorithms for algorithms in known)
 
 
 def _compute(target: str) -> str:

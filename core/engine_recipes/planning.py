@@ -132,7 +132,7 @@ def make(
     precision = registry.precisions[ref.precision or registry.defaults.precision]
     calibration = registry.calibration_of(precision)
     engine = registry.engines[ref.engine or default_engine(registry, precision, facts, target)]
-    where = target or default_target(engine, facts)
+    where = target or default_target(precision, engine, facts)
     reason, hint = unsupported(precision, engine, where)
     if reason:
         raise RequestError(f"{model.name}:{precision.name}@{engine.name} cannot be built: {reason}", hint)

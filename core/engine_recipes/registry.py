@@ -140,6 +140,7 @@ class Precision(StageEntry):
 
     Attributes:
         bits: per weight of the linear layers, for size estimates.
+        algorithm: the `quant_algo` of its checkpoints; nothing if they are not quantised.
         calibration: the name of what is measured first; nothing if the weights are all it needs.
     """
 
@@ -147,6 +148,7 @@ class Precision(StageEntry):
     gives: str = TRTLLM_CHECKPOINT
     bits: float = 16
     needs: Needs = Needs()
+    algorithm: str = ""
     calibration: str = ""
 
 
@@ -158,11 +160,13 @@ class Engine(StageEntry):
         takes: checkpoint kinds it compiles.
         targets: hardware it builds for: `cpu`, `sm89`, or `sm*`.
         target_requires: more distributions, by target.
+        algorithms: by target, the `quant_algo` values it can run there; a target that is not named runs any.
         hardware: facts that go into the key: `target`, `gpu`, `driver`.
     """
 
     targets: tuple[str, ...]
     target_requires: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    algorithms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     hardware: tuple[str, ...] = ("target",)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 
 from converted import built
 from engine_recipes import StageFailed
-from engine_recipes.checkpoint import verify
-from engine_recipes.checkpoint.safetensors import SafeFile, write
+from engine_recipes.checkpoint import open_checkpoint, verify
+from engine_recipes.checkpoint.formats import stored
+from engine_recipes.checkpoint.safetensors import SafeFile, numpy_dtype, write
 
 NORM = "transformer.layers.0.input_layernorm.weight"
 FC = "transformer.layers.0.mlp.fc.weight"
@@ -92,15 +94,85 @@ def test_values_that_are_not_finite_are_found_in_the_contents(tmp_path: Path, va
         verify(out)
 
 
-def test_linears_of_a_quantized_checkpoint_may_have_another_dtype_and_shape(tmp_path: Path) -> None:
-    out = built(tmp_path)
-    scale = FC.replace("weight", "weights_scaling_factor")
-    packed: dict[str, np.ndarray[Any, Any]] = {FC: np.ones((88, 64), np.int8), scale: np.ones((176, 2), np.float32)}
-    change(out, **packed)
-    with pytest.raises(StageFailed):
+QKV = "transformer.layers.1.attention.qkv."
+QUANTISED: dict[str, tuple[str, str | None, dict[str, np.ndarray[Any, Any] | None], str]] = {
+    "no input scale": ("FP8", None, {"activation_scaling_factor": None}, "lacks {}activation_scaling_factor"),
+    "no group scales": ("W4A16_AWQ", None, {"weights_scaling_factor": None}, "lacks {}weights_scaling_factor"),
+    "a scale for each row": (
+        "FP8",
+        None,
+        {"weights_scaling_factor": np.ones(128, np.float32)},
+        r"{}weights_scaling_factor has shape \[128\] instead of \[1\]",
+    ),
+    "scales of other groups": (
+        "W4A16_AWQ",
+        None,
+        {"weights_scaling_factor": np.ones((128, 2), np.float32)},
+        r"{}weights_scaling_factor has shape \[128, 2\] instead of \[128, 1\]",
+    ),
+    "two bytes a weight": (
+        "FP8",
+        None,
+        {"weight": np.ones((128, 64), np.float16)},
+        "{}weight is float16, and config.json says float8_e4m3fn",
+    ),
+    "weights that are not packed": (
+        "W4A16_AWQ",
+        None,
+        {"weight": np.ones((128, 64), np.int8)},
+        r"{}weight has shape \[128, 64\] instead of \[64, 64\]",
+    ),
+    "a tensor too many": ("FP8", None, {"zeros": np.ones(1, np.int8)}, "holds {}zeros, which config.json does not"),
+    "another algorithm's tensor": (
+        "FP8",
+        None,
+        {"prequant_scaling_factor": np.ones(64, np.float16)},
+        "holds {}prequant_scaling_factor, which config.json does not",
+    ),
+    "quantised, and said not to be": (
+        "W8A16",
+        None,
+        {"weight": np.ones((128, 64), np.int8)},
+        "{}weight is int8, and config.json says float16",
+    ),
+    "a cache without scales": ("FP8", "FP8", {}, "lacks transformer.layers.0.attention.kv_cache_scaling_factor"),
+}
+
+
+def quantised(folder: Path, algorithm: str, cache: str | None = None) -> Path:
+    """A checkpoint with the tensors of an algorithm, each of one value; scales for a cache are not among them."""
+    out = built(folder, intermediate_size=128)
+    replace_in_config(out, quantization={"quant_algo": algorithm, "kv_cache_quant_algo": None, "group_size": 64})
+    with open_checkpoint(out) as opened:
+        (specs,) = opened.layout()
+        tensors = {t.name: np.ones(t.spec.shape, numpy_dtype(t.dtype)) for t in stored(specs, opened.scheme, "float16")}
+    change(out, **tensors)
+    verify(out)
+    replace_in_config(out, quantization={"quant_algo": algorithm, "kv_cache_quant_algo": cache, "group_size": 64})
+    return out
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_a_quantised_checkpoint_holds_what_its_algorithm_says(tmp_path: Path, name: str) -> None:
+    algorithm, cache, changes, message = QUANTISED[name]
+    out = quantised(tmp_path, algorithm, cache)
+    change(out, **{QKV + part: array for part, array in changes.items()})
+    with pytest.raises(StageFailed, match=r"rank0\.safetensors:? " + message.format(re.escape(QKV))):
         verify(out)
-    replace_in_config(out, quantization={"quant_algo": "W4A16_AWQ"})
+
+
+@pytest.mark.parametrize(("algorithm", "cache"), [("W4A8_AWQ", None), ("FP8", "NVFP4")])
+def test_of_an_unknown_algorithm_only_what_all_share_is_checked(
+    tmp_path: Path, algorithm: str, cache: str | None
+) -> None:
+    out = built(tmp_path)
+    scale = FC.replace("weight", "alpha")
+    change(out, **{FC: np.ones((88, 64), np.int8), scale: np.ones(1, np.float32)})
+    replace_in_config(out, quantization={"quant_algo": algorithm, "kv_cache_quant_algo": cache})
     verify(out)
     change(out, **{NORM: np.ones(63, np.float16)})
     with pytest.raises(StageFailed, match=r"input_layernorm\.weight has shape \[63\] instead of \[64\]"):
+        verify(out)
+    change(out, **{NORM: np.ones(64, np.float16), FC: None})
+    with pytest.raises(StageFailed, match=r"lacks transformer\.layers\.0\.mlp\.fc\.weight"):
         verify(out)

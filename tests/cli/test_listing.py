@@ -9,7 +9,7 @@ from conftest import Recipes, install, package
 
 def test_list_shows_every_combination_with_a_computed_status(toy: None, recipes: Recipes) -> None:
     rows = {row["ref"]: row for row in recipes("list", "--json").json["recipes"]}
-    assert len(rows) == 22 * 7 * 2
+    assert len(rows) == 22 * 9 * 2
     fp16 = rows["qwen2.5-7b:fp16@onnxruntime"]
     assert fp16 == {
         "ref": "qwen2.5-7b:fp16@onnxruntime",
@@ -31,10 +31,10 @@ def test_list_shows_every_combination_with_a_computed_status(toy: None, recipes:
 
 def test_the_status_follows_what_is_fetched_installed_and_built(toy_model: Path, recipes: Recipes) -> None:
     Path("registry.toml").write_text('[models.mine]\nfamily = "toy"\nsource = "./toy-model"\n')
-    (row,) = (r for r in recipes("list", "--json", "--ready").json["recipes"] if r["engine"] == "echo")
+    (row,) = (r for r in recipes("list", "--json", "--ready").json["recipes"] if r["ref"] == "mine:plain@echo")
     assert (row["ref"], row["status"], row["built"]) == ("mine:plain@echo", "ready", False)
     assert recipes("build", "mine:plain@echo").code == 0
-    (row,) = (r for r in recipes("list", "--json", "--ready").json["recipes"] if r["engine"] == "echo")
+    (row,) = (r for r in recipes("list", "--json", "--ready").json["recipes"] if r["ref"] == "mine:plain@echo")
     assert row["built"] is True
     table = recipes("list", "--model", "mine").out
     assert "mine:plain@echo" in table

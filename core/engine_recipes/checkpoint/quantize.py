@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -270,11 +270,11 @@ def _warn_of_cache(decoder: Decoder, statistics: Statistics, cache: str) -> None
             f"kv_cache={cache.lower()}: q, k and v of this model have biases and no norms, as in Qwen2; its keys are "
             "large in a few channels, and an 8-bit cache is known to turn the text of such models into nonsense"
         )
-    names: Mapping[str, str] = decoder.names
-    linears = [names[role].format(layer) for layer in range(decoder.layers) for role in ("k", "v")]
-    large = [name for name in linears if statistics.number(f"{name}.cache_amax") / E4M3_MAX > LARGE_CACHE_SCALE]
+    layers = [[decoder.names[role].format(layer) for role in ("k", "v")] for layer in range(decoder.layers)]
+    amaxs = [max(statistics.number(f"{name}.cache_amax") for name in names) for names in layers]
+    large = [layer for layer, amax in enumerate(amaxs) if amax / E4M3_MAX > LARGE_CACHE_SCALE]
     if large and cache == "FP8":
         events.warn(
-            f"kv_cache=fp8: keys or values above {LARGE_CACHE_SCALE * E4M3_MAX:g} in {len(large)} layers, "
-            f"first {large[0]}: rounding them to 8 bits costs quality"
+            f"kv_cache=fp8: keys or values above {LARGE_CACHE_SCALE * E4M3_MAX:g} in {len(large)} of {decoder.layers} "
+            f"layers, first in layer {large[0]}: rounding them to 8 bits costs quality"
         )

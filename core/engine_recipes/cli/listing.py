@@ -79,12 +79,18 @@ def _pairs(setup: Setup) -> Iterator[tuple[Precision, Engine, str, str, str]]:
             calibration = setup.registry.calibration_of(precision)
         except RequestError as error:
             yield from (
-                (precision, engine, availability.default_target(engine, setup.facts), "unsupported", error.message)
+                (
+                    precision,
+                    engine,
+                    availability.default_target(precision, engine, setup.facts),
+                    "unsupported",
+                    error.message,
+                )
                 for engine in setup.registry.engines.entries.values()
             )
             continue
         for engine in setup.registry.engines.entries.values():
-            target = availability.default_target(engine, setup.facts)
+            target = availability.default_target(precision, engine, setup.facts)
             reason, _ = availability.unsupported(precision, engine, target)
             lacking = availability.lacking(calibration, precision, engine, target, setup.facts)
             if reason:
@@ -143,7 +149,8 @@ def show_command(ref: str, as_json: bool, setup: Setup, choices: dict[str, Any])
 def describe(setup: Setup, plan: Plan) -> dict[str, Any]:
     """What `show` prints."""
     measures = plan.calibration.requires if plan.calibration else ()
-    requires = [*measures, *plan.precision.requires, *availability.requirements(plan.engine, plan.target)]
+    engine = availability.requirements(plan.engine, plan.target)
+    requires = list(dict.fromkeys([*measures, *plan.precision.requires, *engine]))
     settings = [{"key": s.key, "value": s.value, "origin": s.origin, "help": s.help} for s in plan.settings.values()]
     return {
         "ref": str(plan.ref),

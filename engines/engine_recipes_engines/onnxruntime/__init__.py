@@ -13,10 +13,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine_recipes import Check, StageContext, hookimpl
+from engine_recipes import Check, Decoder, StageContext, hookimpl
 
 if TYPE_CHECKING:
     from .runtime import OnnxRuntime
+
+
+@hookimpl
+def check_decoder(context: StageContext, decoder: Decoder) -> None:
+    """Refuse a model that cannot be lowered, before it is calibrated and converted."""
+    from .lowering import check_model
+
+    check_model(decoder, _max_seq_len(context))
 
 
 @hookimpl
@@ -28,7 +36,7 @@ def stage2(context: StageContext) -> None:
     from .lowering import lower
 
     with checkpoint.open_checkpoint(context.input("trtllm-checkpoint").path) as weights:
-        longest = lower(weights, context.out, context.target, int(context.options.get("max_seq_len", 0)))
+        longest = lower(weights, context.out, context.target, _max_seq_len(context))
         write_config(context.out, weights.decoder, context.target, longest, source_settings(context))
 
 
@@ -46,3 +54,7 @@ def validate(context: StageContext) -> list[Check]:
     from .checks import judge
 
     return judge(context.inputs[0].path)
+
+
+def _max_seq_len(context: StageContext) -> int:
+    return int(context.options.get("max_seq_len", 0))

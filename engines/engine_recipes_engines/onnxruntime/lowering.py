@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine_recipes import RequestError, events, require_room
+from engine_recipes import Decoder, RequestError, events, require_room
 from engine_recipes.checkpoint import Checkpoint
 
 from .contrib import HEAD, ContribOps, is_tied
 from .graph import ROUNDING, Graph, itemsize
 from .quantized import check_algorithms, stored_bytes
+from .rope import inverse_frequencies
 
 
 def lower(weights: Checkpoint, folder: Path, target: str = "cpu", max_seq_len: int = 0) -> int:
@@ -28,9 +29,9 @@ def lower(weights: Checkpoint, folder: Path, target: str = "cpu", max_seq_len: i
         RequestError: something this engine cannot do: a quantization, an activation, a rope scaling, a length.
         MachineError: the disk is too small.
     """
-    _check(weights, target)
+    check_algorithms(weights, target)
+    positions = check_model(weights.decoder, max_seq_len)
     compute = compute_dtype(weights, target)
-    positions = _positions(weights, max_seq_len)
     tied = is_tied(weights)
     total = _total_bytes(weights, compute, positions, tied)
     require_room("the engine", total, folder)
@@ -74,22 +75,24 @@ def compute_dtype(weights: Checkpoint, target: str) -> str:
     return weights.dtype
 
 
-def _check(weights: Checkpoint, target: str) -> None:
-    check_algorithms(weights, target)
-    if weights.decoder.activation != "silu":
+def check_model(decoder: Decoder, max_seq_len: int) -> int:
+    """Refuse what cannot be lowered whatever the precision, and return the longest sequence in tokens.
+
+    Raises:
+        RequestError: an activation, a head size, a rope scaling, a length.
+    """
+    if decoder.activation != "silu":
         raise RequestError(
-            f"the onnxruntime engine does not know the activation {weights.decoder.activation!r}",
+            f"the onnxruntime engine does not know the activation {decoder.activation!r}",
             "known: silu; choose another engine for this model",
         )
-    if weights.decoder.head_size % 8:
+    if decoder.head_size % 8:
         raise RequestError(
-            f"the model has attention heads of {weights.decoder.head_size}, and not of a multiple of 8",
+            f"the model has attention heads of {decoder.head_size}, and not of a multiple of 8",
             "onnxruntime's attention cannot do that; choose another engine for this model",
         )
-
-
-def _positions(weights: Checkpoint, max_seq_len: int) -> int:
-    most = weights.decoder.max_positions
+    inverse_frequencies(decoder)
+    most = decoder.max_positions
     if not 0 <= max_seq_len <= most:
         raise RequestError(
             f"max_seq_len = {max_seq_len}, but the model is meant for sequences of up to {most:,} tokens",
