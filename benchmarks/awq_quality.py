@@ -54,7 +54,7 @@ def main() -> None:
     model = load(arguments.folder)
     rows = torch.tensor(quantize.read(arguments.folder, arguments.rows, arguments.seq_len))
     start = time.perf_counter()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         quantize.quantize(model, "int4-awq", lambda module: module.base_model(input_ids=rows, use_cache=False))
     print(f"ModelOpt, in transformers    {perplexity(model):.4f} ({time.perf_counter() - start:.0f} s to quantise)")

@@ -61,8 +61,7 @@ class Maxima:
     def prepare(self, model: Any) -> None:
         """Put ModelOpt's quantizers into a model without weights."""
         with _quiet():
-            import modelopt.torch.quantization as mtq
-
+            mtq = _import_modelopt()
             config = copy.deepcopy(mtq.FP8_DEFAULT_CFG)
             config = mtq.update_quant_cfg_with_kv_cache_quant(config, mtq.FP8_KV_CFG["quant_cfg"])
             config["quant_cfg"].append({"quantizer_name": "*weight_quantizer", "enable": False})
@@ -220,6 +219,21 @@ def _about(rows: Rows, seq_len: int, model: LayeredModel, batch_size: int) -> di
         "peak_gpu_bytes": machine.peak_bytes(model.device),
         "versions": {name: version(name) for name in ("nvidia-modelopt", "torch", "transformers")},
     }
+
+
+def _import_modelopt() -> Any:
+    """`modelopt.torch.quantization`, without torch's compiler.
+
+    ModelOpt decorates kernels for FP8 on GPUs with `torch.compile`, which imports the compiler: 2 of the 5 seconds
+    that importing it takes. Nothing that is compiled runs here.
+    """
+    from unittest.mock import patch
+
+    import torch
+
+    with patch.object(torch, "compile", lambda *_, **__: lambda function: function):
+        import modelopt.torch.quantization as mtq
+    return mtq
 
 
 @contextlib.contextmanager
