@@ -14,7 +14,7 @@ from importlib.metadata import version
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from engine_recipes import StageContext, StageFailed, checkpoint, events, hookimpl, read_texts
+from engine_recipes import Decoder, StageContext, StageFailed, checkpoint, events, hookimpl, read_texts
 
 from . import device as machine
 from .layers import Calibration, LayeredModel, check_length
@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 #: Roles of the linear layers of a decoder layer that read the same input, see `Decoder.names`. Only the first of each
 #: is looked at, which halves what measuring costs.
 SAME_INPUT = (("q", "k", "v"), ("dense",), ("gate", "up"), ("down",))
+
+
+@hookimpl
+def check_decoder(context: StageContext, decoder: Decoder) -> None:
+    """Refuse rows that are too long."""
+    check_length(decoder, int(context.options["seq_len"]))
 
 
 @hookimpl
@@ -160,7 +166,6 @@ def measure(context: StageContext, source: checkpoint.SourceCheckpoint, maxima: 
     """Run the calibration text through the model and write what `maxima` finds."""
     options = context.options
     seq_len = int(options["seq_len"])
-    check_length(source, seq_len)
     start = perf_counter()
     texts = read_texts(str(options["data"]))
     rows = read_rows(texts, source.folder, int(options["size"]), seq_len, int(options["seed"]))

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 from engine_recipes import StageContext, checkpoint, hookimpl
 
 from . import awq_search
-from .amax import Maxima, measure
+from .amax import Maxima, check_decoder, measure
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
     Array = np.ndarray[Any, np.dtype[Any]]
+
+__all__ = ["check_decoder"]
 
 #: Linear layers that read the same input; within it, those whose weights are one matrix in the checkpoint and so have
 #: one scale, which is searched for all of them at once.

@@ -7,12 +7,13 @@ one, which is being read meanwhile, and the hidden states of all rows, whatever 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from engine_recipes import MachineError, RequestError, StageFailed, checkpoint
+from engine_recipes import Decoder, MachineError, RequestError, StageFailed, checkpoint
 
 from . import device as machine
 from .rows import Batch
@@ -125,7 +126,9 @@ class LayeredModel:
         found = {}
         with cuda.stream(stream):  # which does nothing with None
             for name in parameter_names(self.layers[index]):
-                found[name] = self._tensor(self.source.array(prefix + name))
+                array = self.source.array(prefix + name)
+                _require_finite(prefix + name, array)
+                found[name] = self._tensor(array)
                 self.source.forget(prefix + name)
         if stream is not None:
             stream.synchronize()
@@ -177,6 +180,15 @@ class LayeredModel:
         name = self.source.decoder.names["final_norm"].removesuffix(".weight")
         parent, _, leaf = name.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, torch.nn.Identity())
+
+
+def _require_finite(name: str, array: Array) -> None:
+    """Looking costs little here: it is done while the layer before is computed."""
+    if not math.isfinite(checkpoint.largest(array)):
+        raise RequestError(
+            f"{name} holds NaN or inf",
+            "the source is damaged, or its training failed: fetch it again, or use another checkpoint",
+        )
 
 
 def parameter_names(module: torch.nn.Module) -> list[str]:
@@ -275,10 +287,10 @@ def _renumber(batches: Sequence[Batch]) -> tuple[Array, list[Array]]:
     return used, [np.searchsorted(used, batch.ids) for batch in batches]
 
 
-def check_length(source: checkpoint.SourceCheckpoint, seq_len: int) -> None:
+def check_length(decoder: Decoder, seq_len: int) -> None:
     """Refuse rows longer than the model's positions."""
-    if seq_len > source.decoder.max_positions:
+    if seq_len > decoder.max_positions:
         raise RequestError(
-            f"calib.seq_len = {seq_len} and the model has {source.decoder.max_positions} positions",
-            f"--set calib.seq_len={source.decoder.max_positions} at most",
+            f"calib.seq_len = {seq_len} and the model has {decoder.max_positions} positions",
+            f"--set calib.seq_len={decoder.max_positions} at most",
         )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import modelopt_oracle
-from engine_recipes import MachineError, RequestError, StageFailed, checkpoint, events
+from engine_recipes import Decoder, MachineError, RequestError, StageContext, StageFailed, checkpoint, events
 from engine_recipes_precisions import amax, device, layers, rows
 
 from .calibrating import TEXT, calibrate, change, same, source
@@ -115,19 +116,31 @@ def test_out_of_memory_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         calibrate(amax, hf, tmp_path / "out", monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.self_attn.k_proj.weight", "model.layers.1.input_layernorm.weight"])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.layers.1.input_layernorm.weight"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_nonsense_names_its_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: float) -> None:
+def test_nonsense_among_the_weights_names_the_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: float
+) -> None:
     hf = source(tmp_path / "hf")
     change(hf, name, value)
+    with pytest.raises(RequestError, match=f"{name} holds NaN or inf"):
+        calibrate(amax, hf, tmp_path / "out", monkeypatch)
+
+
+def test_activations_that_overflow_name_their_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = source(tmp_path / "hf")
+    change(hf, "model.layers.1.input_layernorm.weight", 3e38)
     with pytest.raises(StageFailed, match=r"activations of model\.layers\.1 are NaN or inf") as caught:
         calibrate(amax, hf, tmp_path / "out", monkeypatch)
     assert caught.value.hint
 
 
-def test_rows_longer_than_the_model_s_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_longer_than_the_model_s_positions(tmp_path: Path) -> None:
+    decoder = Decoder.read(source(tmp_path / "hf") / "decoder.json")
+    context = StageContext("tiny:fp8@onnxruntime", "calibrate", {"seq_len": 256}, (), tmp_path)
+    amax.check_decoder(context, decoder)
     with pytest.raises(RequestError, match=r"calib\.seq_len = 257 and the model has 256 positions"):
-        calibrate(amax, source(tmp_path / "hf"), tmp_path / "out", monkeypatch, seq_len=257)
+        amax.check_decoder(replace(context, options={"seq_len": 257}), decoder)
 
 
 def test_an_attention_that_modelopt_does_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

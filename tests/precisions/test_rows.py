@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine_recipes import RequestError, Tokenizer, events, testing
+from engine_recipes import RequestError, Tokenizer, events, read_texts, testing
 from engine_recipes_precisions import rows
 from engine_recipes_precisions.rows import Rows, batches, fill, pieces, read_rows
 
@@ -108,6 +108,22 @@ def test_a_large_file_is_not_read_to_its_end(folder: Path) -> None:
 
     read_rows(texts(), folder, size=3, seq_len=32, seed=0)
     assert read == rows.POOL * 3
+
+
+def test_of_one_enormous_line_only_the_start_is_tokenised(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "line.txt").write_bytes(b"0123456789" * 3_000_000)
+    tokenised = 0
+    encode = Tokenizer.encode
+
+    def count(self: Tokenizer, text: str, special: bool = True) -> list[int]:
+        nonlocal tokenised
+        tokenised += len(text)
+        return encode(self, text, special)
+
+    monkeypatch.setattr(Tokenizer, "encode", count)
+    found = read_rows(read_texts(str(folder / "line.txt")), folder, size=4, seq_len=64, seed=0)
+    assert found.ids.shape == (4, 64)
+    assert tokenised < 2 * rows.PART
 
 
 @pytest.mark.parametrize("text", ["line\n" * 9, "word " * 9, "x" * 45, "one long line " * 3 + "\nx"])

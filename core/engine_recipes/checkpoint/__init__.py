@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .blocks import largest
 from .config import config_json, decoder_from_config
 from .convert import ConvertStats, Dtype, WeightOnly, checkpoint_bytes, convert
 from .formats import Scheme, Stored, choose_group_size, stored
@@ -30,6 +31,7 @@ __all__ = [
     "convert",
     "decoder_from_config",
     "expect_tensors",
+    "largest",
     "layout",
     "open_checkpoint",
     "open_source",
