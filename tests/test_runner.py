@@ -311,3 +311,21 @@ def test_until_calibrate_stops_there(toy_model: Path) -> None:
     build = api.build("./toy-model:weighed@echo", how=How(until="calibrate"))
     assert [s.name for s in build.stages] == ["resolve", "calibrate"]
     assert [s.name for s in api.build(REF, how=How(until="calibrate")).stages] == ["resolve"]
+
+
+def test_an_engine_that_has_nothing_to_do_refuses_nothing(own_world: Path) -> None:
+    model = tiny.write(own_world / "here" / "small-heads", "llama", num_attention_heads=16, num_key_value_heads=4)
+    testing.write_tokenizer(model)
+    with pytest.raises(RequestError, match="attention heads of 4"):
+        api.build("./small-heads:fp16@onnxruntime")
+    assert api.build("./small-heads:fp16@onnxruntime", how=How(until="stage1")).status == "built"
+
+
+def test_data_that_changes_while_it_is_used_is_not_kept_under_the_old_key(toy_model: Path, tmp_path: Path) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("one two three")
+    plan = api.plan("./toy-model:weighed@echo", settings={"calib.data": str(words)})
+    words.write_text("four")
+    build = runner.run(plan, api.open_setup().store, How(), lambda event: None)
+    assert build.error is not None and "words.txt changed while it was being used" in build.error.message
+    assert not api.open_setup().store.artifacts("calibrations")

@@ -48,7 +48,8 @@ def check_decoder(context: StageContext, decoder: Decoder) -> None:
     """Refuse early what can never work. Called on the calibration, the precision and the engine, before long work.
 
     Args:
-        context: of the provider's own stage: its options and the target. It has no inputs yet, and nothing is written.
+        context: of the provider's own stage: its options and the target. Its inputs are
+            what is there so far, and nothing is written.
         decoder: what the family said the model is.
 
     Example:

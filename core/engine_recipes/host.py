@@ -92,7 +92,7 @@ class Host:
         return lambda **arguments: _first(caller(**arguments))
 
 
-_HOOKS = ("resolve_checkpoint", "check_decoder", "calibrate", "stage1", "stage2", "validate", "load_engine")
+_HOOKS = tuple(name for name, hook in vars(hookspecs).items() if hasattr(hook, f"{hookspecs.NAME}_spec"))
 
 
 def _first(results: list[Any]) -> Any:

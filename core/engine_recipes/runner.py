@@ -207,11 +207,11 @@ class _Walk:
         resolved = next((a.path / DECODER for a in self.artifacts if a.kind == HF_CHECKPOINT), None)
         if self.checked or (self.imported and resolved is None):
             return
-        stages = [stage for stage in self.plan.stages if stage.name not in ("resolve", "validate")]
-        family = [] if self.imported or resolved else [asdict(first.provider)]
+        names = STAGES[: STAGES.index(self.how.until) + 1]  # nobody is asked who has nothing to do
+        stages = [stage for stage in self.plan.stages if stage.name in names and stage.slot]
         request = {
             "action": "check",
-            "providers": [asdict(stage.provider) for stage in stages] + family,
+            "providers": [asdict(stage.provider) for stage in stages],
             "contexts": [self.context(stage, Path(os.devnull)).as_json() for stage in stages],
             "decoder": str(resolved) if resolved else None,
         }
@@ -226,6 +226,7 @@ class _Walk:
             "providers": [asdict(provider) for provider in (judges or [stage.provider])],
             "context": self.context(stage, out).as_json(),
             "gives": stage.gives,
+            "data": stage.preimage.get("data", {}),
             "architectures": self.plan.family.architectures,
             "source": {
                 "folder": str(located.folder.absolute()),

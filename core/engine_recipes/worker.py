@@ -21,7 +21,7 @@ from typing import Any
 
 from . import events
 from .decoder import Decoder
-from .errors import MachineError, RecipesError
+from .errors import MachineError, RecipesError, StageFailed
 from .host import Host
 from .types import CALIBRATION, DECODER, HF_CHECKPOINT, TRTLLM_CHECKPOINT, Provider, StageContext
 
@@ -62,6 +62,7 @@ def perform(call: Mapping[str, Any]) -> Any:
         return _resolve(host, providers[0], context, call)
     if context.stage == "calibrate":
         host.calibrate(providers[0], context)
+        _check_data(context, call["data"])
         return _finish_calibrate(context, call["gives"])
     if context.stage == "stage1":
         host.stage1(providers[0], context)
@@ -76,8 +77,9 @@ def _check(host: Host, call: Mapping[str, Any]) -> None:
     """That every provider can be imported, and none refuses the model."""
     if call["decoder"]:
         decoder = Decoder.read(Path(call["decoder"]))
-        for provider, context in zip(call["providers"], call["contexts"], strict=False):
-            host.check_decoder(Provider(**provider), StageContext.from_json(context), decoder)
+        for provider, context in zip(call["providers"], call["contexts"], strict=True):
+            if context["stage"] != "resolve":
+                host.check_decoder(Provider(**provider), StageContext.from_json(context), decoder)
 
 
 def _resolve(host: Host, provider: Provider, context: StageContext, call: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,6 +95,16 @@ def _resolve(host: Host, provider: Provider, context: StageContext, call: Mappin
     decoder.write(context.out / DECODER)
     (context.out / "source.json").write_text(json.dumps(call["source"], indent=2, sort_keys=True), encoding="utf-8")
     return {"architecture": decoder.architecture, "parameters": decoder.parameters}
+
+
+def _check_data(context: StageContext, digests: Mapping[str, str]) -> None:
+    """That what was read is what the key says: the plan may be minutes old."""
+    from .sources import texts
+
+    for option, digest in digests.items():
+        spec = str(context.options[option])
+        if texts.locate(spec).identity != digest:
+            raise StageFailed(f"{spec} changed while it was being used", "run the same command again")
 
 
 def _finish_calibrate(context: StageContext, gives: str) -> dict[str, Any]:

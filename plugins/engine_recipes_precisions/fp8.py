@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from engine_recipes import Decoder, StageContext, checkpoint, hookimpl
+from engine_recipes import StageContext, hookimpl
 
+from .plain import check_decoder
 from .quantised import quantize
 
-
-@hookimpl
-def check_decoder(context: StageContext, decoder: Decoder) -> None:
-    """Refuse a split that would cut heads or rows."""
-    checkpoint.check_split(decoder, int(context.options["tp_size"]), int(context.options["pp_size"]))
+__all__ = ["check_decoder"]
 
 
 @hookimpl

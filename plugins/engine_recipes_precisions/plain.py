@@ -19,7 +19,7 @@ def convert(context: StageContext, dtype: Any, algorithm: checkpoint.WeightOnly 
         checkpoint.convert(
             source,
             context.out,
-            dtype=checkpoint.unquantised_dtype(source.decoder, dtype),
+            dtype=checkpoint.unquantised_dtype(source, dtype),
             tp_size=int(context.options["tp_size"]),
             pp_size=int(context.options["pp_size"]),
             algorithm=algorithm,

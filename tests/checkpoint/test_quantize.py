@@ -27,7 +27,7 @@ from engine_recipes.checkpoint import (
     verify,
     write_statistics,
 )
-from engine_recipes.checkpoint.blocks import pack_rows, unpack_rows
+from engine_recipes.checkpoint.blocks import pack_rows, quantize_groups, unpack_rows
 from engine_recipes.checkpoint.safetensors import SafeFile
 
 Array = np.ndarray[Any, Any]
@@ -296,7 +296,88 @@ def test_nan_among_the_weights_names_the_tensor(tmp_path: Path, algorithm: str) 
 
 
 def test_statistics_that_are_no_numbers_name_the_layer(tmp_path: Path) -> None:
-    for value, text in ((np.nan, "is not finite"), (0.0, "not above 0")):
-        with pytest.raises(StageFailed, match=rf"input_amax of model\.layers\.3\.mlp\.up_proj .*{text}"):
-            tensors = {"model.layers.3.mlp.up_proj.input_amax": np.array([value], np.float32)}
-            write_statistics(tmp_path, tensors, {"method": "amax"})
+    layer = "model.layers.3.mlp.up_proj"
+    for what, value, text in (("input_amax", np.nan, "not finite"), ("pre_quant_scale", 0.0, "must be above 0")):
+        with pytest.raises(StageFailed, match=rf"{what} of model\.layers\.3\.mlp\.up_proj .*{text}"):
+            write_statistics(tmp_path, {f"{layer}.{what}": np.array([value, 1], np.float32)}, {"method": "amax"})
+
+
+@pytest.mark.parametrize("algorithm", METHODS.values())
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("said", ["float32", "float16", "bfloat16"])
+def test_weights_are_read_in_the_dtype_they_have(tmp_path: Path, algorithm: str, said: str, stored: str) -> None:
+    settings = tiny.config("llama", **SHAPE)
+    arrays = tiny.tensors({**settings, "torch_dtype": stored})
+    odd = "model.layers.0.mlp.up_proj.weight"  # and one tensor of another dtype than the rest
+    arrays[odd] = arrays[odd].astype(np.float32)
+    hf = resolve(tiny.write_tensors(tmp_path / "hf", {**settings, "torch_dtype": said}, arrays))
+    attempt(hf, tmp_path / "out", algorithm=algorithm)
+    kept = json.loads((tmp_path / "out" / "config.json").read_text())["dtype"]
+    assert kept == ("float16" if stored == "float16" else "bfloat16")
+    (mine,) = ranks(tmp_path / "out")
+    for name, source in (("mlp.gate", odd), ("mlp.proj", "model.layers.0.mlp.down_proj.weight")):
+        at = f"transformer.layers.0.{name}."
+        weight = arrays[source].astype(np.float32)
+        if algorithm == "FP8":
+            restored = mine[at + "weight"].astype(np.float32) * mine[at + "weights_scaling_factor"]
+        else:
+            restored = unpack_rows(mine[at + "weight"]) * np.repeat(mine[at + "weights_scaling_factor"], 128, 1)
+        limit = 0.04 if algorithm == "FP8" else 0.15
+        assert np.linalg.norm(restored - weight) < limit * np.linalg.norm(weight)
+
+
+@pytest.mark.parametrize("algorithm", METHODS.values())
+def test_a_layer_of_zeros_stays_zeros(tmp_path: Path, algorithm: str) -> None:
+    settings = tiny.config("llama", **SHAPE)
+    arrays = tiny.tensors(settings)
+    name = "model.layers.1.self_attn.o_proj.weight"  # as blocks that were added to a trained model have it
+    arrays[name] = np.zeros_like(arrays[name])
+    hf = resolve(tiny.write_tensors(tmp_path / "hf", settings, arrays))
+    said: list[dict[str, Any]] = []
+    with events.sink(said.append):
+        attempt(hf, tmp_path / "out", algorithm=algorithm)
+    verify(tmp_path / "out")
+    (mine,) = ranks(tmp_path / "out")
+    at = "transformer.layers.1.attention.dense."
+    assert not mine[at + "weight"].view(np.uint8).any()
+    assert (mine[at + "weights_scaling_factor"] == 1).all()
+    warned = any(e["event"] == "warn" and "zero throughout, first model.layers.1" in e["text"] for e in said)
+    assert warned == (algorithm == "FP8")
+
+
+def test_a_group_too_small_for_float32_becomes_zeros() -> None:
+    rows = np.full((2, 128), 1e-44, np.float32)
+    rows[1] = -rows[1]
+    scales, values = quantize_groups(rows, np.ones(128, np.float32), 64, "x")
+    assert (scales == 1).all() and not values.any()
+
+
+def test_what_a_calibration_lacks_is_said_before_anything_is_read(tmp_path: Path) -> None:
+    settings = tiny.config("llama", **SHAPE)
+    arrays = tiny.tensors(settings)
+    first = "model.layers.0.self_attn.q_proj.weight"
+    arrays[first] = np.full_like(arrays[first], np.nan)
+    hf = resolve(tiny.write_tensors(tmp_path / "hf", settings, arrays))
+    last = "layers.1.mlp.down_proj"
+    with pytest.raises(RequestError, match=rf"no model\.{last}\.input_amax") as caught:
+        attempt(hf, tmp_path / "out", statistics_of(hf, drop=f"{last}.input_amax"))
+    assert "another calibration" in caught.value.hint
+    with pytest.raises(RequestError, match=r"no .*layers\.1\.self_attn\.v_proj\.cache_amax"):
+        statistics = statistics_of(hf, drop="layers.1.self_attn.v_proj.cache_amax")
+        attempt(hf, tmp_path / "out", statistics, algorithm="W4A16_AWQ", kv_cache="int8")
+
+
+@pytest.mark.parametrize(
+    ("vector", "message"),
+    [
+        (np.ones(7, np.float32), r"pre_quant_scale of .*down_proj has shape \[7\] and the layer 512 inputs"),
+        (np.full(512, 1e5, np.float32), r"pre_quant_scale of .*down_proj does not fit float16"),
+        (np.full(512, 1e-9, np.float32), r"pre_quant_scale of .*down_proj does not fit float16"),
+    ],
+)
+def test_scales_that_cannot_be_stored_are_refused(tmp_path: Path, vector: Array, message: str) -> None:
+    hf = resolve(write(tmp_path / "hf", "llama"))
+    statistics = statistics_of(hf)
+    statistics._tensors["model.layers.0.mlp.down_proj.pre_quant_scale"] = vector  # type: ignore[index]
+    with pytest.raises(RequestError, match=message):
+        attempt(hf, tmp_path / "out", statistics, algorithm="W4A16_AWQ", dtype="float16")

@@ -132,6 +132,13 @@ def test_a_line_has_a_longest_length(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused(put("a.jsonl", '"x"\n"' + "y" * (1 << 20) + '"'))[0] == "line 2 of a.jsonl is longer than 1 MiB"
 
 
+def test_a_line_that_unpacks_to_much_is_refused_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "_LONGEST_PACKED_LINE", 1000)
+    line = json.dumps([[]] * 1000)
+    assert refused(put("a.jsonl.xz", line))[0] == "line 1 of a.jsonl.xz is longer than 0 MiB"
+    assert "neither an object nor a string" in refused(put("a.jsonl", line))[0]
+
+
 # -- bad ones
 
 
@@ -365,8 +372,8 @@ def test_parquet_columns_are_read_like_keys(monkeypatch: pytest.MonkeyPatch) -> 
 
         def iter_batches(self, batch_size: int, columns: list[str]) -> Any:
             asked.append(columns)
-            yield SimpleNamespace(to_pylist=lambda: [{"text": "x"}, {"text": None}])
-            yield SimpleNamespace(to_pylist=lambda: [{"text": 3}])
+            yield SimpleNamespace(nbytes=100, to_pylist=lambda: [{"text": "x"}, {"text": None}])
+            yield SimpleNamespace(nbytes=100, to_pylist=lambda: [{"text": 3}])
 
     fake, parquet = ModuleType("pyarrow"), ModuleType("pyarrow.parquet")
     fake.ArrowException, fake.parquet, parquet.ParquetFile = KeyError, parquet, File  # type: ignore[attr-defined]

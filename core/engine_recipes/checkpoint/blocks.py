@@ -80,8 +80,8 @@ def quantize_groups(rows: Array, prequant: Array, group_size: int, name: str) ->
         name: of the layer, for messages.
 
     Returns:
-        Scales float32 [n, in / group_size], the group's largest magnitude / 7 (1 where that is 0), and values int8
-        [n, in] from -8 to 7. Weight = value × scale / prequant.
+        Scales float32 [n, in / group_size], the group's largest magnitude / 7 (1 where that is as good as 0), and
+        values int8 [n, in] from -7 to 7. Weight = value × scale × prequant.
 
     Raises:
         RequestError: NaN or inf among the weights.
@@ -96,7 +96,7 @@ def quantize_groups(rows: Array, prequant: Array, group_size: int, name: str) ->
             "the source is damaged, or its training failed: fetch it again, or use another checkpoint",
         )
     scales /= np.float32(7)
-    scales[scales == 0] = 1
+    scales[scales < np.finfo(np.float32).tiny] = 1  # nothing there, or so little that float32 cannot divide by it
     groups /= scales[:, :, None]
     np.rint(groups, out=groups)
     values: Array = groups.astype(np.int8).reshape(rows.shape)  # at most 7: the scale saw to that

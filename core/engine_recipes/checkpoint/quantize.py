@@ -25,10 +25,10 @@ from .blocks import fp8_rounder, largest, pack_rows, quantize_groups
 from .config import config_json
 from .convert import Block, ConvertStats, Dtype, blocks, cast_job, forget, rows_of, warn_of_overflows
 from .formats import Scheme, Stored, choose_group_size, stored
-from .layout import TensorSpec, layout
+from .layout import Piece, TensorSpec, layout
 from .safetensors import DTYPES_BY_NAME
 from .source import SourceCheckpoint
-from .statistics import Statistics
+from .statistics import PREQUANT, Statistics
 from .streaming import Job, Progress, write_rank
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ Algorithm = Literal["FP8", "W4A16_AWQ"]
 CacheDtype = Literal["none", "fp8", "int8"]
 E4M3_MAX = 448.0
 INT8_MAX = 127.0
+FLOAT32_TINY = 2.0**-126
 _MOST_WORKERS = 16
 #: An FP8 KV cache whose scale would have to be larger than this loses quality (ModelOpt warns at the same place).
 LARGE_CACHE_SCALE = 0.5
@@ -77,7 +78,8 @@ def quantize(
         scheme = Scheme(algorithm, scheme.cache, choose_group_size(source.decoder, group_size, tp_size, most))
         if scheme.group_size < 128 and not group_size:
             events.warn(f"group_size is {scheme.group_size}: 128 does not divide every layer's inputs")
-    kept = unquantised_dtype(source.decoder, dtype)
+    kept = unquantised_dtype(source, dtype)
+    _require_statistics(source, statistics, scheme)
     ranks = [list(stored(specs, scheme, kept)) for specs in layout(source.decoder, tp_size, pp_size)]
     progress = Progress(sum(_bytes(tensor) for rank in ranks for tensor in rank))
     require_room("stage 1", progress.total, out)
@@ -95,11 +97,35 @@ def quantize(
     return writer.stats
 
 
-def unquantised_dtype(decoder: Decoder, dtype: Dtype | Literal["auto"]) -> Dtype:
-    """What `auto` stands for: the source's dtype, bfloat16 for float32, whose range float16 has not."""
+def unquantised_dtype(source: SourceCheckpoint, dtype: Dtype | Literal["auto"]) -> Dtype:
+    """What `auto` stands for: the dtype of the source's embedding; bfloat16 for float32, as float16 lacks its range."""
     if dtype != "auto":
         return dtype
-    return "float16" if decoder.dtype == "float16" else "bfloat16"
+    embedding = source.tensors[source.decoder.names["embedding"]][1]
+    return "float16" if embedding.dtype == "float16" else "bfloat16"
+
+
+def _require_statistics(source: SourceCheckpoint, statistics: Statistics, scheme: Scheme) -> None:
+    """Look for everything before anything is read or written."""
+    for linear in (name for group in linear_groups(source.decoder) for name in group):
+        if scheme.algorithm == "FP8":
+            statistics.number(f"{linear}.input_amax")
+            continue
+        inputs = source.tensors[f"{linear}.weight"][1].shape[1]
+        given = statistics.vector(f"{linear}.{PREQUANT}").shape
+        if given != (inputs,):
+            raise RequestError(
+                f"{PREQUANT} of {linear} has shape {list(given)} and the layer {inputs} inputs",
+                "the calibration is of another model, or its authors made a mistake",
+            )
+    for layer in range(source.decoder.layers if scheme.cache else 0):
+        for role in ("k", "v"):
+            statistics.number(f"{source.decoder.names[role].format(layer)}.cache_amax")
+
+
+def _scale(amax: float, most: float) -> float:
+    """What a stored number is multiplied by; 1 where there is nothing, or too little for float32 to divide by."""
+    return amax / most if amax / most > FLOAT32_TINY else 1.0
 
 
 def _bytes(tensor: Stored) -> int:
@@ -144,31 +170,48 @@ class _Writer:
     # --- FP8: one scale a tensor, shared by what TensorRT-LLM runs as one matrix or on one input ------------------
 
     def _measure(self) -> dict[str, _Scales]:
-        """HF linear layer -> its scales. Reads every weight once."""
+        """HF linear layer -> its scales. Reads every weight once, some rows at a time."""
         groups = list(linear_groups(self.source.decoder))
-        names = [name for group in groups for name in group]
-        found: dict[str, float] = {}
-        with ThreadPoolExecutor(self.workers, "measure") as pool:
-            for done, (name, value) in enumerate(zip(names, pool.map(self._largest, names), strict=True)):
-                found[name] = value
-                events.progress("measuring weights", done + 1, len(names), "tensors")
+        found = self._largest([name for group in groups for name in group])
         scales: dict[str, _Scales] = {}
         for group in groups:
             weight = max(found[name] for name in group)
             inputs = max(self.statistics.number(f"{name}.input_amax") for name in group)
-            scales |= dict.fromkeys(group, _Scales(weight / E4M3_MAX, inputs / E4M3_MAX))
+            scales |= dict.fromkeys(group, _Scales(_scale(weight, E4M3_MAX), _scale(inputs, E4M3_MAX)))
+        empty = [name for name, value in found.items() if value == 0]
+        if empty:
+            events.warn(f"the weights of {len(empty)} layers are zero throughout, first {empty[0]}")
         return scales
 
-    def _largest(self, name: str) -> float:
-        value = largest(self.source.array(f"{name}.weight"))
-        self.source.forget(f"{name}.weight")
+    def _largest(self, names: Sequence[str]) -> dict[str, float]:
+        """HF linear layer -> the largest magnitude among its weights."""
+        parts = [
+            Block(spec, piece, start, stop)
+            for name in names
+            for spec in [self._whole(name)]
+            for piece, start, stop in [(b.piece, b.start, b.stop) for b in self._blocks(spec)]
+        ]
+        found = dict.fromkeys(names, 0.0)
+        with ThreadPoolExecutor(self.workers, "measure") as pool:
+            for done, (block, value) in enumerate(zip(parts, pool.map(self._largest_of, parts), strict=True)):
+                found[block.spec.name] = max(found[block.spec.name], value)
+                if done % 64 == 0 or done + 1 == len(parts):
+                    events.progress("measuring weights", done + 1, len(parts), "blocks")
+        return found
+
+    def _whole(self, linear: str) -> TensorSpec:
+        rows, columns = self.source.tensors[f"{linear}.weight"][1].shape
+        return TensorSpec(linear, (Piece(f"{linear}.weight", (0, rows), (0, columns)),))
+
+    def _largest_of(self, block: Block) -> float:
+        assert block.piece is not None
+        value = largest(self.source.array(block.piece.name)[block.start : block.stop])
+        forget(self.source, block)
         if not math.isfinite(value):
             raise RequestError(
-                f"{name}.weight holds NaN or inf",
+                f"{block.piece.name} holds NaN or inf",
                 "the source is damaged, or its training failed: fetch it again, or use another checkpoint",
             )
-        if value == 0:
-            raise RequestError(f"{name}.weight is zero throughout", "is the source complete? fetch it again")
         return value
 
     # --- both -----------------------------------------------------------------------------------------------------
@@ -181,7 +224,8 @@ class _Writer:
         assert block.piece is not None
         linear = block.piece.name.removesuffix(".weight")
         if self.scheme.algorithm == "FP8":
-            round_to_fp8 = fp8_rounder(self.source.decoder.dtype, self._scales[linear].weight)
+            # the tensor's own dtype: config.json may say another, and tensors may differ
+            round_to_fp8 = fp8_rounder(self.source.tensors[block.piece.name][1].dtype, self._scales[linear].weight)
             return Job(
                 tensor.name,
                 lambda: round_to_fp8(rows_of(self.source, block)),
@@ -214,9 +258,15 @@ class _Writer:
         from .safetensors import numpy_dtype
 
         linears = dict.fromkeys(piece.name.removesuffix(".weight") for piece in base.pieces)
-        vectors = [self.statistics.vector(f"{linear}.pre_quant_scale") for linear in linears]
+        vectors = [self.statistics.vector(f"{linear}.{PREQUANT}") for linear in linears]
         mean: Array = np.stack(vectors).mean(axis=0, dtype=np.float64)
-        return mean.astype(numpy_dtype(self.dtype)).astype(np.float32)
+        with np.errstate(over="ignore", under="ignore"):
+            scale: Array = mean.astype(numpy_dtype(self.dtype)).astype(np.float32)
+        if not (np.isfinite(scale).all() and (scale > 0).all()):
+            raise RequestError(
+                f"{PREQUANT} of {next(iter(linears))} does not fit {self.dtype}", "--set dtype=bfloat16 has room"
+            )
+        return scale
 
     def _vector_of(self, tensor: Stored) -> Callable[[], Array]:
         """A small tensor that needs no weights."""
@@ -261,7 +311,7 @@ def cache_scale(statistics: Statistics, linear: str, cache: str) -> float:
     """What a cached key or value is multiplied by when it is read. FP8: never below 1, so that small ones keep their
     relative precision (E4M3 has an exponent); INT8: the largest seen is 127."""
     amax = statistics.number(f"{linear}.cache_amax")
-    return max(amax / E4M3_MAX, 1.0) if cache == "FP8" else amax / INT8_MAX
+    return max(amax / E4M3_MAX, 1.0) if cache == "FP8" else _scale(amax, INT8_MAX)
 
 
 def _warn_of_cache(decoder: Decoder, statistics: Statistics, cache: str) -> None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 STATISTICS = "statistics.safetensors"
 ABOUT = "calibration.json"
+#: The statistic that weights are divided by.
+PREQUANT = "pre_quant_scale"
 _AGAIN = "calibrate again with --force"
 
 
@@ -56,7 +58,10 @@ class Statistics:
             return self._tensors[name]
         except KeyError:
             method = self.about.get("method", "unknown")
-            raise RequestError(f"the calibration (method {method}) has no {name}", _AGAIN) from None
+            raise RequestError(
+                f"the calibration (method {method}) has no {name}",
+                "this precision needs another calibration: see `calibration` in the registry",
+            ) from None
 
 
 def write_statistics(folder: Path, tensors: Mapping[str, Array], about: Mapping[str, Any]) -> None:
@@ -68,7 +73,7 @@ def write_statistics(folder: Path, tensors: Mapping[str, Array], about: Mapping[
         about: plain JSON; needs `method`.
 
     Raises:
-        StageFailed: a statistic is not finite, negative, or zero throughout: the model computes nonsense there.
+        StageFailed: a statistic is not finite or negative, or a `pre_quant_scale` has a zero.
     """
     import numpy as np
 
@@ -80,10 +85,10 @@ def write_statistics(folder: Path, tensors: Mapping[str, Array], about: Mapping[
                 f"{what} of {layer} is not finite: the model computes NaN or inf there",
                 "the source may be damaged, or its values too large for the dtype it is calibrated in",
             )
-        if array.min() < 0 or not array.max() > 0:
+        if array.min() < 0 or (array.min() == 0 and what == PREQUANT):
             raise StageFailed(
-                f"{what} of {layer} is {array.min():g} … {array.max():g}, and not above 0",
-                "the layer computes nothing: is the source complete, and the calibration text real text?",
+                f"{what} of {layer} is {abs(array.min()):g} somewhere, and must be above 0",
+                "report this to the authors of the calibration",
             )
     infos = {name: ("float32", array.shape) for name, array in arrays.items()}
     pieces = ([array.reshape(-1).view(np.uint8)] for array in arrays.values())

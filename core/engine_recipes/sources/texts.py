@@ -38,6 +38,7 @@ _CHUNK = 1 << 20
 #: Longest line of a .jsonl file and the most that a packed file may unpack to, in bytes. Whoever has more than this
 #: has not meant it for calibration, or has been sent a decompression bomb.
 _LONGEST_LINE = 256 << 20
+_LONGEST_PACKED_LINE = 16 << 20  # a few kB can unpack to it, and JSON takes thirty times as much memory
 _MOST_UNPACKED = 1 << 30
 
 _KINDS = {".txt": "txt", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
@@ -311,16 +312,17 @@ def _decoded(path: Path) -> Iterator[str]:
 
 def _json_texts(path: Path) -> Iterator[str]:
     size = 0
+    longest = _LONGEST_PACKED_LINE if _split(path.name)[1] else _LONGEST_LINE
     with _open(path) as file:
         for number in count(1):
-            line = file.readline(_LONGEST_LINE + 1)
+            line = file.readline(longest + 1)
             if not line:
                 return
             size += len(line)
             _require_bounded(path, size)
             where = f"line {number} of {path.name}"
-            if len(line) > _LONGEST_LINE:
-                raise RequestError(f"{where} is longer than {_LONGEST_LINE >> 20} MiB", "write one document a line")
+            if len(line) > longest:
+                raise RequestError(f"{where} is longer than {longest >> 20} MiB", "write one document a line")
             if 0 in line:
                 raise _binary(path, f"a zero in line {number}")
             try:
@@ -359,6 +361,8 @@ def _parquet_texts(path: Path) -> Iterator[str]:
                 raise _no_text(path.name, names, "column")
             number = 0
             for batch in file.iter_batches(batch_size=64, columns=wanted):
+                if batch.nbytes > _LONGEST_LINE:
+                    raise RequestError(f"64 rows of {path.name} are {batch.nbytes >> 20} MiB", "name a smaller file")
                 for row in batch.to_pylist():
                     number += 1
                     yield _text_of(row, f"row {number} of {path.name}")
