@@ -1,6 +1,9 @@
-"""Calibration `amax`: the largest values that go into each linear layer and into the KV cache, found by ModelOpt.
+"""Calibration `amax`: the largest values that go into each linear layer and into the KV cache.
 
-The weights are not looked at: their largest values are in the weights, and stage 1 reads those anyway.
+ModelOpt says where to measure and drives it: its quantizers are put into the model, and its `max_calibrate` switches
+them to measuring, runs the rows and loads what was found. The measuring itself is `OnePass`, which takes the place of
+ModelOpt's calibrator. The weights are not looked at: their largest values are in the weights, and stage 1 reads those
+anyway.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from engine_recipes import Decoder, StageContext, StageFailed, checkpoint, events, hookimpl, read_texts
 
 from . import device as machine
+from .arguments import KEPT_BYTES
 from .layers import Calibration, LayeredModel, check_length
 from .rows import Rows, batches, read_rows
 
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
     import torch
 
     Array = np.ndarray[Any, np.dtype[Any]]
+    #: Runs all rows through a layer, given what to call after each part that went through and after one that failed.
+    Forward = Callable[[Callable[[], None], Callable[[], None]], None]
 
 #: Roles of the linear layers of a decoder layer that read the same input, see `Decoder.names`. Only the first of each
 #: is looked at, which halves what measuring costs.
@@ -45,7 +51,7 @@ def calibrate(context: StageContext) -> None:
 
 
 class Maxima:
-    """ModelOpt's max calibration, a layer at a time.
+    """Max calibration, a layer at a time.
 
     Attributes:
         method: the calibration's name.
@@ -81,19 +87,18 @@ class Maxima:
             for role in ("k", "v"):
                 _measure_in_one_pass(self._cache_quantizer(layer, role))
 
-    def layer(
-        self, index: int, layer: torch.nn.Module, forward: Callable[[Callable[[], None]], None]
-    ) -> dict[str, Array]:
+    def layer(self, index: int, layer: torch.nn.Module, forward: Forward) -> dict[str, Array]:
         """Measure one layer.
 
         Args:
             index, layer: which; its weights are there.
-            forward: runs all rows through it, and calls its argument after each part that went through.
+            forward: runs all rows through it; calls its first argument after each part that went through, its second
+                after one that ran out of memory, to drop what that left.
 
         Returns:
             The layer's statistics by name, float32.
         """
-        self._max_calibrate(layer, lambda: forward(lambda: None))
+        self._max_calibrate(layer, lambda: forward(lambda: None, lambda: None))
         return self.read(index, layer)
 
     def _max_calibrate(self, layer: torch.nn.Module, forward: Callable[[], None]) -> None:
@@ -102,7 +107,7 @@ class Maxima:
         max_calibrate(layer, lambda _: forward(), distributed_sync=False)
 
     def read(self, index: int, layer: torch.nn.Module) -> dict[str, Array]:
-        """What ModelOpt found: `<linear>.input_amax` and `<k or v>.cache_amax`, float32 [1].
+        """What was found: `<linear>.input_amax` and `<k or v>.cache_amax`, float32 [1].
 
         Raises:
             StageFailed: NaN or inf among them, or ModelOpt looked at something else.
@@ -195,7 +200,7 @@ def _place_rows(rows: Rows, model: LayeredModel, maxima: Maxima, asked: int, seq
     hidden = rows.tokens * decoder.hidden_size * width
     keep_on = machine.place_hidden(device, hidden)
     layers = 2 * width * decoder.parameters // decoder.layers
-    taken = layers + maxima.extra_bytes() + (hidden if keep_on == device else 0)
+    taken = layers + KEPT_BYTES + maxima.extra_bytes() + (hidden if keep_on == device else 0)
     size = asked or machine.batch_size(decoder, device, seq_len, taken, width)
     return Calibration(model, batches(rows, size), keep_on)
 
@@ -205,8 +210,10 @@ def _measure_layers(model: LayeredModel, calibration: Calibration, maxima: Maxim
     events.progress("calibrating", 0, len(model.layers), "layers")
     for index, layer in model.loaded():
 
-        def forward(done: Callable[[], None], index: int = index, layer: torch.nn.Module = layer) -> None:
-            calibration.forward(index, layer, done)
+        def forward(
+            done: Callable[[], None], failed: Callable[[], None], index: int = index, layer: torch.nn.Module = layer
+        ) -> None:
+            calibration.forward(index, layer, done, failed)
 
         tensors.update(maxima.layer(index, layer, forward))
         events.progress("calibrating", index + 1, len(model.layers), "layers")

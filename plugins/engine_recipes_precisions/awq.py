@@ -6,7 +6,6 @@ The maxima that `amax` finds are measured in the same pass, so that a quantised 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,8 @@ from .amax import Maxima, check_decoder, measure
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+    from .amax import Forward
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -55,16 +56,14 @@ class Awq(Maxima):
         widths = (d.hidden_size, d.heads * d.head_size, d.hidden_size, d.intermediate_size)
         return 6 * sum(width**2 for width in widths)
 
-    def layer(
-        self, index: int, layer: torch.nn.Module, forward: Callable[[Callable[[], None]], None]
-    ) -> dict[str, Array]:
+    def layer(self, index: int, layer: torch.nn.Module, forward: Forward) -> dict[str, Array]:
         """See `Maxima.layer`; adds `<linear>.pre_quant_scale`, float32 [in]."""
         sums = [InputSums() for _ in INPUTS]
         with contextlib.ExitStack() as stack:
             for group, total in zip(INPUTS, sums, strict=True):
                 hook = self.module(layer, group[0][0]).register_forward_pre_hook(total.look)
                 stack.callback(hook.remove)
-            self._max_calibrate(layer, lambda: forward(lambda: _add(sums)))
+            self._max_calibrate(layer, lambda: forward(lambda: _add(sums), lambda: _drop(sums)))
         found = self.read(index, layer)
         found.update(self._search(index, layer, sums))
         return found
@@ -89,6 +88,11 @@ class Awq(Maxima):
 def _add(sums: list[InputSums]) -> None:
     for total in sums:
         total.add()
+
+
+def _drop(sums: list[InputSums]) -> None:
+    for total in sums:
+        total.drop()
 
 
 class InputSums:
@@ -128,6 +132,10 @@ class InputSums:
         self.absolute += absolute
         self.tokens += tokens
 
+    def drop(self) -> None:
+        """Forget what was noted last, which is as large as half the sums: the device ran out of memory since."""
+        self._noted = None
+
     def gram(self) -> torch.Tensor:
         """XᵀX over all tokens, float32 [in, in]."""
         for start, stop in _columns(len(self._gram)):
@@ -145,6 +153,5 @@ def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     import torch
 
     if left.is_cuda and left.dtype is not torch.float32:
-        with contextlib.suppress(TypeError):  # torch before 2.8
-            return torch.mm(left.T, right, out_dtype=torch.float32)
+        return torch.mm(left.T, right, out_dtype=torch.float32)
     return torch.mm(left.T, right)

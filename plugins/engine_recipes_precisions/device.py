@@ -105,7 +105,7 @@ def batch_size(decoder: Decoder, device: torch.device, seq_len: int, taken: int,
         return max(1, CPU_TOKENS // seq_len)
     d = decoder
     attention = (2 * d.heads + 2 * d.kv_heads) * d.head_size * 2  # before and after rope
-    token = (4 * d.hidden_size + attention + 4 * d.intermediate_size) * width + seq_len  # and a mask's row
+    token = (4 * d.hidden_size + attention + 4 * d.intermediate_size) * width + 4 * seq_len  # and a mask, as it is made
     free = torch.cuda.mem_get_info(device)[0] - taken
     return int(min(GPU_ROWS, max(1, 0.8 * free // (token * seq_len))))
 
@@ -117,12 +117,17 @@ class Parts:
         rows: how many rows a part has at most.
     """
 
-    def __init__(self, rows: int, what: str, halved: Callable[[], None] = lambda: None) -> None:
-        """`what` names one row in errors; `halved` is called to free what belonged to the larger parts."""
-        self.rows, self._what, self._halved = rows, what, halved
+    def __init__(self, rows: int, what: str) -> None:
+        """`what` names one row in errors."""
+        self.rows, self._what = rows, what
 
-    def run(self, total: int, forward: Callable[[int, int], None]) -> None:
-        """Call `forward(start, stop)` until rows 0 to `total` went through. A part that failed is called again.
+    def run(self, total: int, forward: Callable[[int, int], None], failed: Callable[[], None] = lambda: None) -> None:
+        """Call `forward(start, stop)` until rows 0 to `total` went through.
+
+        Args:
+            total: how many rows there are.
+            forward: after running out of memory it is called again for the first half of the same rows.
+            failed: called before that, to drop what the attempt left and what belonged to the larger parts.
 
         Raises:
             MachineError: not even one row fits.
@@ -135,9 +140,10 @@ class Parts:
                 start = stop
                 continue
             if stop - start == 1:
-                raise out_of_memory(refused, f"{self._what} does not fit")
+                raise out_of_memory(refused, f"{self._what} does not fit", "--set calib.seq_len=256 or less, ")
             self.rows = (stop - start) // 2
-            self._free()
+            failed()
+            free_cached()
             events.log(f"out of memory: going on with {self.rows} rows at a time")
 
     def _refused(self, forward: Callable[[int, int], None], start: int, stop: int) -> str | None:
@@ -150,28 +156,29 @@ class Parts:
             return str(error)
         return None
 
-    def _free(self) -> None:
-        import torch
 
-        self._halved()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+def free_cached() -> None:
+    """Give what nothing refers to any more back to the GPU."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
-def out_of_memory(said: str, what: str) -> MachineError:
-    """The error for a device that is too small. `said` is the allocator's message."""
+def out_of_memory(said: str, what: str, remedy: str = "") -> MachineError:
+    """The error for a device that is too small. `said` is the allocator's message, `remedy` what else helps."""
     sentences = said.partition("Tried to allocate")[2].split(". ")
     tried = f": {sentences[0].strip()} more needed, {' '.join(sentences[1].split())}" if len(sentences) > 1 else ""
     return MachineError(
         f"the GPU has too little memory, {what}{tried}",
-        "--set calib.seq_len=256 or less, --set device=cpu, or a GPU with nothing else on it",
+        f"{remedy}--set device=cpu, or a GPU with nothing else on it",
     )
 
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Running out of GPU memory anywhere inside becomes an error with two lines."""
+    """Running out of GPU memory anywhere inside, but in `Parts`, becomes an error with two lines."""
     import torch
 
     try:

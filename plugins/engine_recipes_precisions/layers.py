@@ -8,22 +8,24 @@ one, which is being read meanwhile, and the hidden states of all rows, whatever 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from engine_recipes import Decoder, MachineError, RequestError, StageFailed, checkpoint
+from engine_recipes import Decoder, RequestError, StageFailed, checkpoint
 
 from . import device as machine
+from .arguments import Kept, keep_apart
 from .rows import Batch
+from .skeleton import check_parameters, layers_of, without_weights
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
     Array = np.ndarray[Any, np.dtype[Any]]
-    Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+    from .arguments import Arguments
 
 
 class LayeredModel:
@@ -37,15 +39,15 @@ class LayeredModel:
 
     def __init__(self, source: checkpoint.SourceCheckpoint, device: torch.device, dtype: torch.dtype) -> None:
         self.source, self.device, self.dtype = source, device, dtype
-        self.model = _without_weights(source, dtype)
+        self.model = without_weights(source, dtype)
         self.prefix = source.decoder.names["q"].partition(".{}")[0]
-        self.layers: Sequence[torch.nn.Module] = list(self.model.get_submodule(self.prefix))
+        self.layers = layers_of(self.model, self.prefix)
         self.seconds = {"load": 0.0, "forward": 0.0}
-        self._check_names()
+        check_parameters(self.model, self.layers, self.prefix, source)
         self._place_buffers()
         self._leave_out_final_norm()
 
-    def embed(self, batches: Sequence[Batch], keep_on: torch.device) -> list[torch.Tensor]:
+    def embed(self, batches: Sequence[Batch], keep_on: torch.device, parts: machine.Parts) -> list[torch.Tensor]:
         """What goes into the first layer: for each batch [rows, length, hidden] in the compute dtype, on `keep_on`."""
         import torch
 
@@ -62,12 +64,24 @@ class LayeredModel:
         module.padding_idx = None
         module.weight = torch.nn.Parameter(table, requires_grad=False)
         hidden = []
-        for batch, ids in zip(batches, compact, strict=True):
-            calls = self._record(input_ids=torch.from_numpy(ids).to(self.device), **self._positions(batch))
-            kept = torch.empty(calls[0][0].shape, dtype=self.dtype, device=keep_on, pin_memory=self._pinned(keep_on))
-            hidden.append(kept.copy_(calls[0][0]))
+        for batch in compact:
+            shape = (*batch.ids.shape, self.source.decoder.hidden_size)
+            kept = torch.empty(shape, dtype=self.dtype, device=keep_on, pin_memory=self._pinned(keep_on))
+            parts.run(len(kept), self._embedding(batch, kept))
+            hidden.append(kept)
         module.to("meta")
         return hidden
+
+    def _embedding(self, batch: Batch, kept: torch.Tensor) -> Callable[[int, int], None]:
+        """Embeds rows of a batch by the model's own code, which in some families multiplies what the table has."""
+        import torch
+
+        def run(start: int, stop: int) -> None:
+            part = batch.part(start, stop)
+            calls = self._record(input_ids=torch.from_numpy(part.ids).to(self.device), **self._positions(part))
+            kept[start:stop].copy_(calls[0][0])
+
+        return run
 
     def arguments(self, batch: Batch, rows: torch.Tensor) -> list[Arguments]:
         """What the model passes to each layer beside the hidden states: masks, rotary tables.
@@ -76,8 +90,9 @@ class LayeredModel:
             batch: the rows in question.
             rows: their hidden states; only the shape counts.
         """
-        calls = self._record(inputs_embeds=rows, **self._positions(batch))
-        return [(args, kwargs) for _, args, kwargs in calls]
+        positions = self._positions(batch)
+        calls = [(args, kwargs) for _, args, kwargs in self._record(inputs_embeds=rows, **positions)]
+        return keep_apart(calls, positions["position_ids"]) if positions else calls
 
     def _record(self, **inputs: Any) -> list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]]:
         """Run the model with layers that do nothing but note how they are called."""
@@ -107,7 +122,7 @@ class LayeredModel:
             ahead = pool.submit(self._weights, 0)
             for index, layer in enumerate(self.layers):
                 start = perf_counter()
-                weights = ahead.result()
+                weights = self._awaited(ahead, index)
                 self.seconds["load"] += perf_counter() - start
                 if index + 1 < len(self.layers):
                     ahead = pool.submit(self._weights, index + 1)
@@ -115,6 +130,17 @@ class LayeredModel:
                 del weights
                 yield index, layer
                 layer.to("meta")
+
+    def _awaited(self, ahead: Future[dict[str, torch.Tensor]], index: int) -> dict[str, torch.Tensor]:
+        """A layer's weights; read again if there was no room for them beside the activations of the one before."""
+        import torch
+
+        error = ahead.exception()
+        if not isinstance(error, torch.OutOfMemoryError):
+            return ahead.result()
+        error.with_traceback(None)  # which holds the weights that did fit
+        machine.free_cached()
+        return self._weights(index)
 
     def _weights(self, index: int) -> dict[str, torch.Tensor]:
         """A layer's weights on the device, by their names within the layer. Called from another thread."""
@@ -157,18 +183,6 @@ class LayeredModel:
             return {}
         return {"position_ids": torch.from_numpy(batch.positions).to(self.device)}
 
-    def _check_names(self) -> None:
-        """Demand that the layers have exactly the parameters that the source has."""
-        for index, layer in enumerate(self.layers):
-            prefix = f"{self.prefix}.{index}."
-            wanted = {prefix + name for name in parameter_names(layer)}
-            given = {name for name in self.source.tensors if name.startswith(prefix) and "inv_freq" not in name}
-            if wanted != given:
-                raise StageFailed(
-                    f"{type(self.model).__name__} of transformers and the source disagree about {min(wanted ^ given)}",
-                    "config.json names another model class than the weights belong to",
-                )
-
     def _place_buffers(self) -> None:
         for module in self.model.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
@@ -204,22 +218,33 @@ class Calibration:
     """
 
     def __init__(self, model: LayeredModel, batches: Sequence[Batch], keep_on: torch.device) -> None:
-        self._model, self._batches = model, batches
-        self.hidden = model.embed(batches, keep_on)
-        self._arguments: dict[tuple[int, ...], list[Arguments]] = {}
+        self._model, self._batches, self._kept = model, batches, Kept()
         rows, length = (max(batch.ids.shape[axis] for batch in batches) for axis in (0, 1))
-        self.parts = machine.Parts(rows, f"a row of {length} tokens", self._arguments.clear)
+        self.parts = machine.Parts(rows, f"a row of {length} tokens")
+        self.hidden = model.embed(batches, keep_on, self.parts)
 
-    def forward(self, index: int, layer: torch.nn.Module, done: Callable[[], None] = lambda: None) -> None:
+    def forward(
+        self,
+        index: int,
+        layer: torch.nn.Module,
+        done: Callable[[], None] = lambda: None,
+        failed: Callable[[], None] = lambda: None,
+    ) -> None:
         """Run all batches through a layer; its outputs replace its inputs.
 
         Args:
             index, layer: which.
             done: called after each part of a batch that went through whole.
+            failed: called to drop what is left of a part that ran out of memory on the way.
         """
+
+        def drop() -> None:
+            self._kept.clear()
+            failed()
+
         start = perf_counter()
         for number, hidden in enumerate(self.hidden):
-            self.parts.run(len(hidden), self._part(index, layer, number, done))
+            self.parts.run(len(hidden), self._part(index, layer, number, done), drop)
         machine.wait(self._model.device)
         self._model.seconds["forward"] += perf_counter() - start
 
@@ -238,53 +263,22 @@ class Calibration:
         return run
 
     def _arguments_of(self, number: int, start: int, stop: int, rows: torch.Tensor) -> list[Arguments]:
-        """Worked out once; batches of the same shape without a mask of their own share them."""
-        batch = self._batches[number]
-        plain = batch.positions is None
-        key = (stop - start, rows.shape[1]) if plain else (number, start, stop)
-        if key not in self._arguments:
-            positions = None if batch.positions is None else batch.positions[start:stop]
-            self._arguments[key] = self._model.arguments(Batch(batch.ids[start:stop], positions), rows)
-        return self._arguments[key]
+        """Batches of the same shape without a mask of their own share them."""
+        part = self._batches[number].part(start, stop)
+        key = tuple(rows.shape[:2]) if part.positions is None else (number, start, stop)
+        found = self._kept.get(key)
+        if found is None:
+            found = self._model.arguments(part, rows)
+            self._kept.put(key, found)
+        return found
 
 
-def _without_weights(source: checkpoint.SourceCheckpoint, dtype: torch.dtype) -> Any:
-    """transformers' model for a source's config.json: parameters on the meta device, buffers real."""
-    import accelerate
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-    _check_rope(config, source)
-    with accelerate.init_empty_weights(include_buffers=False):
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, attn_implementation="sdpa", dtype=dtype, trust_remote_code=False
-        )
-    return model.eval()
-
-
-def _check_rope(config: Any, source: checkpoint.SourceCheckpoint) -> None:
-    """transformers 4 reading a config.json of transformers 5 takes a rope base of 10000, without a word."""
-    import transformers
-
-    parameters: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
-    theta = parameters.get("rope_theta", getattr(config, "rope_theta", None))
-    scaling = {**(getattr(config, "rope_scaling", None) or {}), **parameters}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    wanted = (source.decoder.rope_theta, (source.decoder.rope_scaling or {}).get("rope_type", "default"))
-    if (theta, kind) != wanted:
-        raise MachineError(
-            f"transformers {transformers.__version__} reads this config.json as rope base {theta}, scaling {kind}; "
-            f"it says {wanted[0]:g}, {wanted[1]}",
-            "pip install --upgrade transformers",
-        )
-
-
-def _renumber(batches: Sequence[Batch]) -> tuple[Array, list[Array]]:
-    """The ids that occur, ascending, and each batch with every id replaced by its place among them."""
+def _renumber(batches: Sequence[Batch]) -> tuple[Array, list[Batch]]:
+    """The ids that occur, ascending, and the batches with every id replaced by its place among them."""
     import numpy as np
 
     used = np.unique(np.concatenate([batch.ids.reshape(-1) for batch in batches]))
-    return used, [np.searchsorted(used, batch.ids) for batch in batches]
+    return used, [Batch(np.searchsorted(used, batch.ids), batch.positions) for batch in batches]
 
 
 def check_length(decoder: Decoder, seq_len: int) -> None:

@@ -66,6 +66,10 @@ class Batch:
     ids: Integers
     positions: Integers | None
 
+    def part(self, start: int, stop: int) -> Batch:
+        """Some of its rows."""
+        return Batch(self.ids[start:stop], None if self.positions is None else self.positions[start:stop])
+
 
 def read_rows(texts: Iterable[str], folder: Path, size: int, seq_len: int, seed: int) -> Rows:
     """Tokenise texts with a model's tokenizer and choose `size` rows of `seq_len` tokens.

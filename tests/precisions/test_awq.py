@@ -115,6 +115,49 @@ def test_running_out_of_memory_counts_nothing_twice(
     assert tokens == [96] * 4 * 3
 
 
+def test_what_a_failed_attempt_noted_is_dropped_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, float32: None
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    held: list[int] = []
+    sums: list[awq.InputSums] = []
+    real, note = LlamaMLP.forward, awq.InputSums.__init__
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = real(self, x)
+        if len(x) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return out
+
+    def remember(self: awq.InputSums) -> None:
+        note(self)
+        sums.append(self)
+
+    def free() -> None:
+        held.append(sum(total._noted is not None for total in sums))
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    monkeypatch.setattr(awq.InputSums, "__init__", remember)
+    monkeypatch.setattr(device, "free_cached", free)
+    calibrate(awq, source(tmp_path / "hf", **WIDE), tmp_path / "out", monkeypatch)
+    assert held == [0, 0]
+
+
+def test_an_error_of_the_product_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mm(*args: Any, **options: Any) -> torch.Tensor:
+        if "out_dtype" in options:
+            raise TypeError("expected another dtype")
+        return torch.zeros(0)
+
+    class OnGpu:
+        is_cuda, dtype, T = True, torch.bfloat16, None
+
+    monkeypatch.setattr(torch, "mm", mm)
+    with pytest.raises(TypeError, match="another dtype"):
+        awq._product(OnGpu(), OnGpu())  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("size", "inner", "message"), [(128, 192, "group_size 128 does not divide"), (0, 176, "does not divide the 176")]
 )

@@ -32,11 +32,11 @@ def fails(times: int, seen: list[int]) -> Callable[[int, int], None]:
 
 def test_halves_until_it_fits_and_stays_there() -> None:
     freed: list[int] = []
-    parts = device.Parts(8, "a row", lambda: freed.append(1))
+    parts = device.Parts(8, "a row")
     seen: list[int] = []
     said: list[events.Event] = []
     with events.sink(said.append):
-        parts.run(8, fails(2, seen))
+        parts.run(8, fails(2, seen), lambda: freed.append(1))
     assert (parts.rows, seen, len(freed)) == (2, list(range(8)), 2)
     assert said[-1]["text"] == "out of memory: going on with 2 rows at a time"
     sizes: list[int] = []
@@ -66,6 +66,7 @@ def test_memory_errors_elsewhere_have_two_lines() -> None:
     with pytest.raises(MachineError, match="weights of two layers") as caught, device.memory_errors():
         raise torch.OutOfMemoryError("short")
     assert len(str(caught.value).splitlines()) == 2
+    assert "seq_len" not in caught.value.hint  # weights do not become smaller with shorter rows
 
 
 def test_choosing_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
