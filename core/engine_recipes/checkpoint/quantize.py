@@ -25,7 +25,7 @@ from .blocks import fp8_rounder, largest, pack_rows, quantize_groups
 from .config import config_json
 from .convert import Block, ConvertStats, Dtype, blocks, cast_job, forget, rows_of, warn_of_overflows
 from .formats import Scheme, Stored, choose_group_size, stored
-from .layout import Piece, TensorSpec, layout
+from .layout import TensorSpec, layout
 from .safetensors import DTYPES_BY_NAME
 from .source import SourceCheckpoint
 from .statistics import PREQUANT, Statistics
@@ -40,6 +40,7 @@ E4M3_MAX = 448.0
 INT8_MAX = 127.0
 FLOAT32_TINY = 2.0**-126
 _MOST_WORKERS = 16
+_MEASURED_BYTES = 16 << 20  # that a thread looks at at a time
 #: An FP8 KV cache whose scale would have to be larger than this loses quality (ModelOpt warns at the same place).
 LARGE_CACHE_SCALE = 0.5
 
@@ -185,31 +186,31 @@ class _Writer:
 
     def _largest(self, names: Sequence[str]) -> dict[str, float]:
         """HF linear layer -> the largest magnitude among its weights."""
-        parts = [
-            Block(spec, piece, start, stop)
-            for name in names
-            for spec in [self._whole(name)]
-            for piece, start, stop in [(b.piece, b.start, b.stop) for b in self._blocks(spec)]
-        ]
+        parts = [(name, start, stop) for name in names for start, stop in self._row_ranges(f"{name}.weight")]
         found = dict.fromkeys(names, 0.0)
         with ThreadPoolExecutor(self.workers, "measure") as pool:
-            for done, (block, value) in enumerate(zip(parts, pool.map(self._largest_of, parts), strict=True)):
-                found[block.spec.name] = max(found[block.spec.name], value)
+            values = pool.map(lambda part: self._largest_of(*part), parts)
+            for done, ((name, _, _), value) in enumerate(zip(parts, values, strict=True)):
+                found[name] = max(found[name], value)
                 if done % 64 == 0 or done + 1 == len(parts):
                     events.progress("measuring weights", done + 1, len(parts), "blocks")
         return found
 
-    def _whole(self, linear: str) -> TensorSpec:
-        rows, columns = self.source.tensors[f"{linear}.weight"][1].shape
-        return TensorSpec(linear, (Piece(f"{linear}.weight", (0, rows), (0, columns)),))
+    def _row_ranges(self, tensor: str) -> Iterator[tuple[int, int]]:
+        info = self.source.tensors[tensor][1]
+        step = max(_MEASURED_BYTES * info.shape[0] // info.nbytes, 1)
+        for start in range(0, info.shape[0], step):
+            yield start, min(start + step, info.shape[0])
 
-    def _largest_of(self, block: Block) -> float:
-        assert block.piece is not None
-        value = largest(self.source.array(block.piece.name)[block.start : block.stop])
-        forget(self.source, block)
+    def _largest_of(self, linear: str, start: int, stop: int) -> float:
+        tensor = f"{linear}.weight"
+        rows = self.source.array(tensor)
+        value = largest(rows[start:stop])
+        width = rows[:1].nbytes
+        self.source.forget(tensor, start * width, stop * width)
         if not math.isfinite(value):
             raise RequestError(
-                f"{block.piece.name} holds NaN or inf",
+                f"{tensor} holds NaN or inf",
                 "the source is damaged, or its training failed: fetch it again, or use another checkpoint",
             )
         return value
