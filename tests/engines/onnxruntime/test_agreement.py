@@ -92,7 +92,7 @@ def make(hf: Path, work: Path, method: Any, kv: Any, calibration: torch.Tensor, 
     model = oracle.calibrated(resolve(hf), method, kv, tokens=calibration)
     folder = lower(hf, work, oracle.statistics(model), method, kv)
     with checkpoint.open_source(hf) as source:
-        dtype = getattr(torch, checkpoint.unquantised_dtype(source.decoder, "auto"))
+        dtype = getattr(torch, checkpoint.unquantised_dtype(source, "auto"))
     return Pair(as_exported(model, dtype), folder, rows)
 
 
