@@ -63,5 +63,7 @@ def test_ranges_compare_as_pep_440_says(release: str, low: str, high: str) -> No
 
 def test_what_is_not_met_says_what_there_is() -> None:
     facts = Facts(versions={"nvidia-modelopt": "0.37.0"})
-    assert facts.described("nvidia-modelopt>=0.47,<0.49") == "nvidia-modelopt>=0.47,<0.49, here is 0.37.0"
-    assert facts.described("torch>=2.8") == "torch>=2.8, not installed here"
+    missing = ["torch>=2.8", "nvidia-modelopt>=0.47,<0.49", "onnx>=1"]
+    said = "torch>=2.8, onnx>=1, not installed here; nvidia-modelopt>=0.47,<0.49, here is 0.37.0"
+    assert facts.described(missing) == said
+    assert facts.described(["onnx>=1"]) == "onnx>=1, not installed here"

@@ -49,7 +49,7 @@ def lacking(
             hint = entry.install if set(missing) <= set(facts.missing(entry.requires)) else ""
             hint = hint or f"pip install {' '.join(repr(m) for m in missing)}"
             who = f"{precision.name} (calibration {entry.name})" if entry is calibration else entry.name
-            return MachineError(f"{who} needs {', '.join(map(facts.described, missing))}", hint)
+            return MachineError(f"{who} needs {facts.described(missing)}", hint)
     return None
 
 

@@ -49,10 +49,12 @@ class Facts:
         """The requirements that are not met, first alternatives only."""
         return [r.partition("|")[0].strip() for r in requirements if not self.meets(r)]
 
-    def described(self, requirement: str) -> str:
-        """A requirement that is not met, and what there is instead."""
-        version = self.versions.get(distribution(requirement))
-        return f"{requirement}, here is {version}" if version else f"{requirement}, not installed here"
+    def described(self, missing: Iterable[str]) -> str:
+        """Requirements that are not met, and what there is instead."""
+        there = {requirement: self.versions.get(distribution(requirement)) for requirement in missing}
+        absent = ", ".join(requirement for requirement, version in there.items() if not version)
+        other = [f"{requirement}, here is {version}" for requirement, version in there.items() if version]
+        return "; ".join([f"{absent}, not installed here"] * bool(absent) + other)
 
     def tools(self, requirements: Iterable[str]) -> dict[str, str]:
         """Distribution -> version, for what is installed of the requirements."""

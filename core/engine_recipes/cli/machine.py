@@ -50,7 +50,7 @@ def diagnose(setup: Setup) -> Iterator[dict[str, Any]]:
         found = ", ".join(f"{name} {version}" for name, version in facts.tools(entry.requires).items())
         if missing:
             hint = entry.install or f"pip install {' '.join(repr(m) for m in missing)}"
-            yield _check(f"{kind} {entry.name}", "missing", f"needs {', '.join(map(facts.described, missing))}", hint)
+            yield _check(f"{kind} {entry.name}", "missing", f"needs {facts.described(missing)}", hint)
         else:
             yield _check(f"{kind} {entry.name}", "ok", found or "needs nothing more")
     yield from _gpu_targets(setup)
