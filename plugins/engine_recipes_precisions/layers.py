@@ -199,10 +199,7 @@ class LayeredModel:
 def _require_finite(name: str, array: Array) -> None:
     """Looking costs little here: it is done while the layer before is computed."""
     if not math.isfinite(checkpoint.largest(array)):
-        raise RequestError(
-            f"{name} holds NaN or inf",
-            "the source is damaged, or its training failed: fetch it again, or use another checkpoint",
-        )
+        raise checkpoint.not_finite(name)
 
 
 def parameter_names(module: torch.nn.Module) -> list[str]:

@@ -9,7 +9,7 @@ from .formats import Scheme, Stored, choose_group_size, stored
 from .layout import Piece, TensorSpec, check_split, layout, source_shapes, stage_layers
 from .quantize import quantize, unquantised_dtype
 from .reader import Checkpoint, open_checkpoint
-from .source import SourceCheckpoint, expect_tensors, open_source, source_tensors
+from .source import SourceCheckpoint, expect_tensors, not_finite, open_source, source_tensors
 from .statistics import Statistics, read_statistics, write_statistics
 from .verify import verify
 
@@ -33,6 +33,7 @@ __all__ = [
     "expect_tensors",
     "largest",
     "layout",
+    "not_finite",
     "open_checkpoint",
     "open_source",
     "quantize",

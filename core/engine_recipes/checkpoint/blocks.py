@@ -9,16 +9,14 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RequestError
-from .cast import largest_bits
+from .cast import largest_bits, look_up
 from .safetensors import numpy_dtype
+from .source import not_finite
 
 if TYPE_CHECKING:
     import numpy as np
 
     Array = np.ndarray[Any, np.dtype[Any]]
-
-_TABLE_BLOCK = 1 << 17
 
 
 def largest(array: Array) -> float:
@@ -47,17 +45,7 @@ def fp8_rounder(source: str, scale: float) -> Callable[[Array], Array]:
     if source == "float32":
         return lambda array: _to_e4m3(array, factor)
     table = _to_e4m3(np.arange(1 << 16, dtype=np.uint16).view(numpy_dtype(source)).astype(np.float32), factor)
-
-    def round_by_table(array: Array) -> Array:
-        bits = np.ascontiguousarray(array).view(np.uint16).reshape(-1)
-        out = np.empty(bits.size, np.uint8)
-        for start in range(0, bits.size, _TABLE_BLOCK):  # take makes 8-byte indices: keep them in the cache
-            part = slice(start, start + _TABLE_BLOCK)
-            np.take(table, bits[part], out=out[part], mode="clip")
-        result: Array = out.reshape(array.shape)
-        return result
-
-    return round_by_table
+    return lambda array: look_up(table, array)
 
 
 def _to_e4m3(array: Array, scale: np.float32) -> Array:
@@ -91,10 +79,7 @@ def quantize_groups(rows: Array, prequant: Array, group_size: int, name: str) ->
     groups = (rows.astype(np.float32) / prequant).reshape(len(rows), -1, group_size)
     scales = np.maximum(groups.max(axis=2), -groups.min(axis=2))  # [n, in / group_size]
     if not np.isfinite(scales).all():
-        raise RequestError(
-            f"{name}.weight holds NaN or inf",
-            "the source is damaged, or its training failed: fetch it again, or use another checkpoint",
-        )
+        raise not_finite(f"{name}.weight")
     scales /= np.float32(7)
     scales[scales < np.finfo(np.float32).tiny] = 1  # nothing there, or so little that float32 cannot divide by it
     groups /= scales[:, :, None]

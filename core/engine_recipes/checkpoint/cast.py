@@ -114,17 +114,25 @@ def _table(source: str, target: str) -> Array:
     return bits
 
 
-def _look_up(array: Array, source: str, target: str) -> Array:
-    """Cast one 16-bit format to another by table. Unlike the cast of ml_dtypes it lets other threads run."""
+def look_up(table: Array, array: Array) -> Array:
+    """The entries of a table of 65536 for the bits of a contiguous 16-bit array, in its shape.
+
+    Unlike the casts of ml_dtypes it lets other threads run.
+    """
     import numpy as np
 
-    table = _table(source, target)
     bits = array.view(np.uint16).reshape(-1)
-    out = np.empty(bits.size, np.uint16)
+    out = np.empty(bits.size, table.dtype)
     for start in range(0, bits.size, _TABLE_BLOCK):  # take makes 8-byte indices: keep them in the cache
         part = slice(start, start + _TABLE_BLOCK)
         np.take(table, bits[part], out=out[part], mode="clip")
-    result: Array = out.view(numpy_dtype(target)).reshape(array.shape)
+    result: Array = out.reshape(array.shape)
+    return result
+
+
+def _look_up(array: Array, source: str, target: str) -> Array:
+    """Cast one 16-bit format to another by table."""
+    result: Array = look_up(_table(source, target), array).view(numpy_dtype(target))
     return result
 
 

@@ -22,7 +22,7 @@ from .cast import FLOATS, Finding, caster, examine
 from .config import config_json
 from .formats import Scheme
 from .layout import Piece, TensorSpec, layout
-from .source import SourceCheckpoint
+from .source import SourceCheckpoint, not_finite
 from .streaming import Job, Progress, write_rank
 
 if TYPE_CHECKING:
@@ -110,8 +110,7 @@ def convert(
 
 def checkpoint_bytes(specs: Sequence[TensorSpec], dtype: str) -> int:
     """Bytes that the tensors of a rank take in an unquantised checkpoint, without the header."""
-    width = {"float32": 4, "float16": 2, "bfloat16": 2}[dtype]
-    return sum(math.prod(spec.shape) for spec in specs) * width
+    return sum(math.prod(spec.shape) for spec in specs) * safetensors.DTYPES_BY_NAME[dtype]
 
 
 def _write_rank(
@@ -176,10 +175,7 @@ def _cast(source: SourceCheckpoint, block: Block, dtype: str) -> tuple[Array, Fi
     rows = rows_of(source, block)
     finding = examine(rows, dtype)
     if finding.problem:
-        raise RequestError(
-            f"{block.piece.name} holds {finding.problem}",
-            "the source is damaged, or its training failed: fetch it again, or use another checkpoint",
-        )
+        raise not_finite(block.piece.name, finding.problem)
     return caster(rows.dtype.name, dtype)(rows).reshape(-1).view(np.uint8), finding
 
 

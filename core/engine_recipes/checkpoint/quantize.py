@@ -27,7 +27,7 @@ from .convert import Block, ConvertStats, Dtype, blocks, cast_job, forget, rows_
 from .formats import Scheme, Stored, choose_group_size, stored
 from .layout import TensorSpec, layout
 from .safetensors import DTYPES_BY_NAME
-from .source import SourceCheckpoint
+from .source import SourceCheckpoint, not_finite
 from .statistics import PREQUANT, Statistics
 from .streaming import Job, Progress, write_rank
 
@@ -209,22 +209,20 @@ class _Writer:
         width = rows[:1].nbytes
         self.source.forget(tensor, start * width, stop * width)
         if not math.isfinite(value):
-            raise RequestError(
-                f"{tensor} holds NaN or inf",
-                "the source is damaged, or its training failed: fetch it again, or use another checkpoint",
-            )
+            raise not_finite(tensor)
         return value
 
     # --- both -----------------------------------------------------------------------------------------------------
 
     def _weight(self, tensor: Stored) -> Iterator[Job]:
+        prequant = None if self.scheme.algorithm == "FP8" else self._prequant(tensor.base)
         for block in self._blocks(tensor.base):
-            yield self._weight_job(tensor, block)
+            yield self._weight_job(tensor, block, prequant)
 
-    def _weight_job(self, tensor: Stored, block: Block) -> Job:
+    def _weight_job(self, tensor: Stored, block: Block, prequant: Array | None) -> Job:
         assert block.piece is not None
         linear = block.piece.name.removesuffix(".weight")
-        if self.scheme.algorithm == "FP8":
+        if prequant is None:
             # the tensor's own dtype: config.json may say another, and tensors may differ
             round_to_fp8 = fp8_rounder(self.source.tensors[block.piece.name][1].dtype, self._scales[linear].weight)
             return Job(
@@ -232,11 +230,11 @@ class _Writer:
                 lambda: round_to_fp8(rows_of(self.source, block)),
                 lambda: forget(self.source, block),
             )
-        prequant = self._prequant(tensor.base)[slice(*(block.piece.columns or (0, None)))]
+        scale = prequant[slice(*(block.piece.columns or (0, None)))]
         found: list[Array] = []
 
         def make() -> Array:
-            scales, values = quantize_groups(rows_of(self.source, block), prequant, self.scheme.group_size, linear)
+            scales, values = quantize_groups(rows_of(self.source, block), scale, self.scheme.group_size, linear)
             found.append(scales)
             return pack_rows(values)
 

@@ -131,6 +131,14 @@ def source_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
     return tensors
 
 
+def not_finite(tensor: str, problem: str = "NaN or inf") -> RequestError:
+    """That a weight of the source is no number."""
+    return RequestError(
+        f"{tensor} holds {problem}",
+        "the source is damaged, or its training failed: fetch it again, or use another checkpoint",
+    )
+
+
 def no_weights(folder: Path) -> RequestError:
     """That a folder has no safetensors, and whether it has pickles instead."""
     if any(folder.glob("*.bin")) or any(folder.glob("*.bin.index.json")):

@@ -6,7 +6,6 @@ known here only what every one shares is checked.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 from .. import events
 from ..errors import RequestError, StageFailed
 from .cast import FLOATS, examine
-from .formats import Scheme, Stored, stored
+from .formats import LINEARS, Scheme, Stored, stored
 from .reader import ROPE_TABLES, Checkpoint, mapping_of, open_checkpoint
 from .safetensors import SafeFile, TensorInfo
 from .source import read_json
@@ -83,7 +82,8 @@ def _check_names(file: str, expected: Mapping[str, Stored], header: Mapping[str,
 
 def _is_linear(name: str) -> bool:
     """True for weights that a quantization may replace by another dtype and shape."""
-    return re.search(r"(attention\.(qkv|dense)|mlp\.(fc|gate|proj)|^lm_head)\.weight$", name) is not None
+    module, _, kind = name.rpartition(".")
+    return kind == "weight" and (module.endswith(LINEARS) or module == "lm_head")
 
 
 def _check_info(what: str, info: TensorInfo, shape: tuple[int, ...], dtype: str) -> None:
