@@ -24,6 +24,8 @@ def test_the_hooks_are_the_promised_ones() -> None:
         "stage2",
         "validate",
         "load_engine",
+        "load_source",
+        "fallbacks",
     }
 
 

@@ -29,6 +29,7 @@ def test_a_strangers_package_builds_through_every_stage(toy_model: Path, workspa
         ("resolve", "run"),
         ("stage1", "run"),
         ("stage2", "run"),
+        ("baseline", "run"),
         ("validate", "run"),
     ]
     assert build.report.verdict == "pass"
@@ -85,8 +86,14 @@ def api_sampling() -> object:
     return Sampling(max_tokens=10)
 
 
-STAGES = ("resolve", "stage1", "stage2", "validate")
-PLACES = {"resolve": "sources", "stage1": "checkpoints", "stage2": "engines", "validate": "engines"}
+STAGES = ("resolve", "stage1", "stage2", "baseline", "validate")
+PLACES = {
+    "resolve": "sources",
+    "stage1": "checkpoints",
+    "stage2": "engines",
+    "baseline": "baselines",
+    "validate": "engines",
+}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -237,13 +244,13 @@ def test_a_kill_loses_the_stage_in_hand_and_nothing_else(
     assert "Traceback" not in err
     assert ("was killed by SIGKILL" in err) == (how == "kill -9 of the worker")
     store = api.open_setup().store
-    finished = [len(store.artifacts(place)) for place in ("sources", "checkpoints", "engines")]
-    assert finished == {"resolve": [0, 0, 0], "stage1": [1, 0, 0], "stage2": [1, 1, 0], "validate": [1, 1, 1]}[stage]
+    finished = [len(store.artifacts(place)) for place in ("sources", "checkpoints", "engines", "baselines")]
+    assert finished == [int(i < STAGES.index(stage)) for i in range(4)]
     monkeypatch.delenv("TOY")
     again = recipes("build", REF, "--json")
     assert again.code == 0
     statuses = [s["status"] for s in again.json["builds"][0]["stages"]]
-    assert statuses == ["cached"] * STAGES.index(stage) + ["run"] * (4 - STAGES.index(stage))
+    assert statuses == ["cached"] * STAGES.index(stage) + ["run"] * (5 - STAGES.index(stage))
     assert store.garbage() == []
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from .types import (
         Artifact as Artifact,
         Check as Check,
+        Findings as Findings,
+        Measure as Measure,
         Ref as Ref,
         Report as Report,
         Runtime as Runtime,
@@ -55,6 +57,8 @@ _HOME = {
     "Tokenizer": "tokenizer",
     "Artifact": "types",
     "Check": "types",
+    "Findings": "types",
+    "Measure": "types",
     "Ref": "types",
     "Report": "types",
     "Runtime": "types",

@@ -16,7 +16,7 @@ from .facts import Facts
 from .registry import Model, Registry
 from .sources import Located
 from .store import Store, default_workspace, read_manifest
-from .types import Provider, Ref, Runtime
+from .types import Artifact, Provider, Ref, Runtime, StageName
 
 if TYPE_CHECKING:
     from .planning import Plan
@@ -94,8 +94,9 @@ class Setup:
         engine: str | None = None,
         target: str | None = None,
         settings: Mapping[str, str] | None = None,
+        ready: Mapping[StageName, Artifact] | None = None,
     ) -> Plan:
-        """The plan for a reference as written."""
+        """The plan for a reference as written. `ready` is what is used as it is, see `planning.make`."""
         ref = self.registry.expand(refs.parse(text))
         if engine:
             if ref.engine not in (None, engine):
@@ -105,7 +106,7 @@ class Setup:
         from . import planning
 
         return planning.make(
-            ref, self.registry, self.facts, model, self.locate(model), target=target, settings=settings
+            ref, self.registry, self.facts, model, self.locate(model), target=target, settings=settings, ready=ready
         )
 
     def fetch(self, model: Model, confirm: Callable[[str, int | None], bool]) -> Located:

@@ -13,7 +13,7 @@ from typing import Any
 import pluggy
 
 from .decoder import Decoder
-from .types import Check, Runtime, StageContext
+from .types import Check, Measure, Report, Runtime, StageContext, Value
 
 NAME = "engine_recipes"
 hookspec = pluggy.HookspecMarker(NAME)
@@ -124,11 +124,63 @@ def stage2(context: StageContext) -> None:
 
 
 @hookspec
-def validate(context: StageContext) -> list[Check]:
+def load_source(context: StageContext) -> Runtime:
+    """Run the unquantised source, as exactly as can be. Called on the reference, in a worker, for the baseline.
+
+    Args:
+        context: its input of kind `hf-checkpoint` is the source. `context.out` is for files that the runtime needs
+            meanwhile; it is removed afterwards.
+
+    Returns:
+        A Runtime that gives `logits`.
+
+    Raises:
+        RequestError: this reference does not know the model.
+        MachineError: the model is too large for this machine.
+
+    Example:
+        ```python
+        from engine_recipes import checkpoint, hookimpl
+
+        @hookimpl
+        def load_source(context):
+            with checkpoint.open_source(context.input("hf-checkpoint")) as source:
+                return MyRuntime(source.folder)
+        ```
+    """
+
+
+@hookspec
+def fallbacks(context: StageContext, report: Report) -> list[Mapping[str, Value]]:
+    """What to try after a rejection. Called on the precision, for `build --fallback`.
+
+    Args:
+        context: of the rejected build's stage 1: its options, all of them; nothing is written.
+        report: why it was rejected. `report.layers` has the relative weight error of each linear layer.
+
+    Returns:
+        Settings that change, as in `--set`, the best offer first. The first that was not tried yet is built, judged,
+        and this hook asked again if it is rejected too.
+
+    Example:
+        ```python
+        from engine_recipes import hookimpl
+
+        @hookimpl
+        def fallbacks(context, report):
+            return [{"kv_cache": "none"}] if context.options["kv_cache"] != "none" else []
+        ```
+    """
+
+
+@hookspec
+def validate(context: StageContext) -> list[Check | Measure]:
     """Judge what was built. Called on the family, the precision and the engine, in a worker.
 
-    `context.inputs` are (engine, checkpoint, source). Return one Check a question asked, with value and limit
-    where there are numbers. Core joins the answers; one `fail` rejects the engine.
+    `context.inputs` are the engine, the checkpoint, the calibration if there is one, and the source. Return one Check
+    a question asked, with value and limit where there are numbers; or a Measure of a metric that your registry
+    defines, whose limits users can set. Core adds what it measures itself and joins it all; one `fail` rejects
+    the engine.
 
     Example:
         ```python
@@ -151,7 +203,8 @@ def load_engine(folder: Path, options: Mapping[str, Any]) -> Runtime:
         options: of the runtime, as given to `engine_recipes.load`; may be ignored.
 
     Returns:
-        A Runtime. Its `logits` may return None where the engine does not give them.
+        A Runtime. Its `logits` may return None where the engine does not give them. It may have `generate_batch` as
+        well (see `engine_recipes.bench.BatchRuntime`), which `recipes bench --batch` needs.
 
     Example:
         ```python

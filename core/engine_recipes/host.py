@@ -14,7 +14,7 @@ import pluggy
 from . import hookspecs
 from .decoder import Decoder
 from .errors import MachineError
-from .types import Check, Provider, Runtime, StageContext
+from .types import Check, Measure, Provider, Report, Runtime, StageContext, Value
 
 
 class Host:
@@ -76,10 +76,19 @@ class Host:
         runtime: Runtime = self._one("load_engine", provider)(folder=folder, options=options)
         return runtime
 
-    def validate(self, context: StageContext) -> list[Check]:
+    def load_source(self, provider: Provider, context: StageContext) -> Runtime:
+        """Have a reference load the unquantised source."""
+        runtime: Runtime = self._one("load_source", provider)(context=context)
+        return runtime
+
+    def fallbacks(self, provider: Provider, context: StageContext, report: Report) -> list[Mapping[str, Value]]:
+        """Ask a precision what to try after a rejection; nothing if it has nothing to offer."""
+        return list(self._one("fallbacks", provider, optional=True)(context=context, report=report) or ())
+
+    def validate(self, context: StageContext) -> list[Check | Measure]:
         """Ask everyone who is loaded, in the order of loading."""
         answers = self._manager.hook.validate(context=context)
-        return [check for answer in reversed(answers) for check in answer or ()]
+        return [answer for answers_of_one in reversed(answers) for answer in answers_of_one or ()]
 
     def _one(self, hook: str, provider: Provider, optional: bool = False) -> Callable[..., Any]:
         """The hook of one provider alone: pluggy would call every plugin and answer with the last registered."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .errors import RequestError
-from .registry import Entry, Option, Owner
+from .registry import Entry, Option
 from .types import Value
 
 #: The origin of a setting that the command line gave.
@@ -25,7 +25,7 @@ class Setting:
     help: str = ""
 
 
-def settle(key: str, option: Option, owner: Owner, entries: Iterable[Entry], given: str | None) -> Setting:
+def settle(key: str, option: Option, owner: str, entries: Iterable[Entry], given: str | None) -> Setting:
     """The default, then what entries set, the later over the earlier, then `--set`.
 
     Args:
@@ -36,7 +36,7 @@ def settle(key: str, option: Option, owner: Owner, entries: Iterable[Entry], giv
     Raises:
         RequestError: a value of the wrong type or outside what the option allows.
     """
-    setting = Setting(key, option.default, str(owner), option.help)
+    setting = Setting(key, option.default, owner, option.help)
     for entry in entries:
         if key in entry.settings:
             origin = f"{entry.name} ({entry.origins.get('settings', entry.owner)})"

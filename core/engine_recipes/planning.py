@@ -2,62 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from . import __version__
-from .availability import default_engine, default_target, lacking, not_fetched, requirements, unsupported
-from .errors import MachineError, RequestError, did_you_mean
+from .availability import default_engine, default_target, lacking, not_fetched, unsupported
+from .errors import MachineError, RequestError
 from .facts import Facts
-from .keys import key_of
-from .options import SET, Setting, settle
-from .refs import label
-from .registry import Calibration, Engine, Family, Model, Option, Precision, Registry, StageEntry
+from .gate import Bound, limits
+from .options import SET, Setting
+from .registry import Calibration, Engine, Family, Model, Precision, Registry
 from .sources import Located, texts
-from .store import PLACES, Slot
-from .types import HF_CHECKPOINT, Provider, Ref, StageName, Value
+from .stages import PREFIXES, STAGES, Builder, Entries, Stage
+from .types import Artifact, Ref, StageName, Value
 
-#: Raise when keys must change although no version did: what a stage writes has another meaning.
-KEY_FORMAT = 1
-STAGES: tuple[StageName, ...] = ("resolve", "calibrate", "stage1", "stage2", "validate")
-#: How the options of a stage are written in `--set`.
-PREFIXES: Mapping[str, str] = {
-    "resolve": "",
-    "calibrate": "calib.",
-    "stage1": "",
-    "stage2": "build.",
-    "validate": "gate.",
-}
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of a plan.
-
-    Attributes:
-        provider: who runs it. For validate: the engine; family and precision are asked too.
-        settings: every option of the stage, without prefix.
-        preimage: what the key is the hash of; empty while the source is not on this machine.
-        slot: where the result belongs; None for validate and while there is no key.
-    """
-
-    name: StageName
-    provider: Provider
-    settings: Mapping[str, Setting]
-    gives: str
-    preimage: Mapping[str, Any]
-    slot: Slot | None
-
-    @property
-    def key(self) -> str:
-        """sha256 of the pre-image, or nothing while it cannot be known."""
-        return key_of(self.preimage) if self.preimage else ""
-
-    @property
-    def options(self) -> dict[str, Value]:
-        """Option -> value, as the hook gets them."""
-        return {name: setting.value for name, setting in self.settings.items()}
+__all__ = ["STAGES", "Plan", "Stage", "make"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +24,8 @@ class Plan:
 
     Attributes:
         chosen: what the request left open and was chosen, in words.
+        bounds: where each metric warns and fails.
+        not_compared: why validation compares the engine with nothing; empty if it does.
         blocked: why this machine cannot build it now, and what to do; None if it can.
     """
 
@@ -79,6 +39,8 @@ class Plan:
     located: Located | None
     stages: tuple[Stage, ...]
     chosen: tuple[str, ...]
+    bounds: Mapping[str, Bound]
+    not_compared: str
     blocked: MachineError | None
 
     @property
@@ -99,6 +61,11 @@ class Plan:
         """Options that `--set` gave, by the name they have there."""
         return {key: setting.value for key, setting in self.settings.items() if setting.origin == SET}
 
+    @property
+    def recipe(self) -> dict[str, Value]:
+        """Those of them that the engine depends on."""
+        return {key: value for key, value in self.given.items() if not key.startswith(PREFIXES["validate"])}
+
     def stage(self, name: StageName) -> Stage:
         """The stage of that name."""
         return next(stage for stage in self.stages if stage.name == name)
@@ -113,6 +80,7 @@ def make(
     *,
     target: str | None = None,
     settings: Mapping[str, str] | None = None,
+    ready: Mapping[StageName, Artifact] | None = None,
     identify: Callable[[str], str] = lambda spec: texts.locate(spec).identity,
 ) -> Plan:
     """Decide everything.
@@ -123,6 +91,8 @@ def make(
         located: the checkpoint on this machine, or None if it has to be fetched.
         target: `cpu`, `sm89` …; None chooses.
         settings: `--set`, key -> text.
+        ready: what is used as it is, a checkpoint that was made elsewhere or an engine that is only judged; what
+            comes before it and is not among them is left out.
         identify: gives the digest of the data that an option names.
 
     Raises:
@@ -145,10 +115,10 @@ def make(
         )
         if not given
     ]
-    entries = _Entries(family, calibration, precision, engine, model)
-    stages = _Stages(entries, facts, where, located, dict(settings or {}), identify)
-    made = stages.all()
-    blocked = lacking(calibration, precision, engine, where, facts) or stages.lacking_data
+    entries = Entries(registry, family, calibration, precision, engine, model, located, ready or {})
+    builder = Builder(entries, facts, where, dict(settings or {}), identify)
+    stages = builder.all()
+    blocked = lacking(None if ready else calibration, precision, engine, where, facts) or builder.blocked
     return Plan(
         ref=Ref(ref.model, precision.name, engine.name),
         model=model,
@@ -158,177 +128,9 @@ def make(
         engine=engine,
         target=where,
         located=located,
-        stages=made,
+        stages=stages,
         chosen=tuple(chosen),
+        bounds=limits.bounds(registry, stages[-1].options),
+        not_compared=builder.not_compared,
         blocked=blocked or (not_fetched(model) if located is None else None),
     )
-
-
-@dataclass(frozen=True)
-class _Entries:
-    """What a reference names."""
-
-    family: Family
-    calibration: Calibration | None
-    precision: Precision
-    engine: Engine
-    model: Model
-
-
-class _Stages:
-    """Makes the stages of one plan."""
-
-    def __init__(
-        self,
-        entries: _Entries,
-        facts: Facts,
-        target: str,
-        located: Located | None,
-        given: Mapping[str, str],
-        identify: Callable[[str], str],
-    ) -> None:
-        self.entries, self.facts, self.target, self.located = entries, facts, target, located
-        self.given, self.identify = given, identify
-        self.lacking_data: MachineError | None = None
-
-    def all(self) -> tuple[Stage, ...]:
-        of = self.entries
-        known = self.known()
-        unknown = [key for key in self.given if key not in known]
-        if unknown:
-            raise RequestError(f"no option {unknown[0]!r} here", did_you_mean(unknown[0], known))
-        made = [self.resolve()]
-        if of.calibration:
-            shared = {name: option for name, option in of.precision.options.items() if name in of.calibration.shares}
-            settings = self.settle("calibrate", of.calibration) | self.settle("stage1", of.precision, shared)
-            made.insert(0, self.stage("calibrate", of.calibration, settings, made))
-        made.insert(0, self.stage("stage1", of.precision, self.settle("stage1", of.precision), made))
-        made.insert(0, self.stage("stage2", of.engine, self.settle("stage2", of.engine), made))
-        return *reversed(made), self.validate(made[0].key)
-
-    def known(self) -> list[str]:
-        """Every option there is, as in `--set`."""
-        of = self.entries
-        options = [PREFIXES["calibrate"] + name for name in of.calibration.options] if of.calibration else []
-        options += [PREFIXES["stage1"] + name for name in of.precision.options]
-        return options + [PREFIXES["stage2"] + name for name in of.engine.options]
-
-    def settle(
-        self, stage: StageName, entry: StageEntry, options: Mapping[str, Option] | None = None
-    ) -> dict[str, Setting]:
-        """What each option of a stage is. The model knows best, then the family, the engine and the precision."""
-        of, prefix = self.entries, PREFIXES[stage]
-        owner = entry.origins.get("options", entry.owner)
-        sources = (of.precision, of.engine, of.family, of.model)
-        return {
-            name: settle(prefix + name, option, owner, sources, self.given.get(prefix + name))
-            for name, option in (entry.options if options is None else options).items()
-        }
-
-    def resolve(self) -> Stage:
-        provider = _provider("family", self.entries.family)
-        preimage = {}
-        if self.located:
-            preimage = _preimage("resolve", provider, {}, [], {}) | {"source": self.located.identity}
-        slot = _slot("resolve", preimage, label(self.entries.model.name))
-        return Stage("resolve", provider, {}, HF_CHECKPOINT, preimage, slot)
-
-    def stage(
-        self, name: StageName, entry: StageEntry, settings: Mapping[str, Setting], before: Sequence[Stage]
-    ) -> Stage:
-        """A stage after those that are made already, nearest first."""
-        provider = _provider(_KINDS[name], entry)
-        inputs = [stage.key for stage in before]
-        data = self.data(name, settings)
-        preimage: dict[str, Any] = {}
-        if all(inputs) and not self.lacking_data:
-            options = {key: setting.value for key, setting in settings.items() if key not in data}
-            options = {key: value for key, value in options.items() if self.option(name, key).keyed}
-            requires = requirements(entry, self.target) if isinstance(entry, Engine) else entry.requires
-            preimage = _preimage(name, provider, options, inputs, self.facts.tools(requires))
-            if data:
-                preimage["data"] = data
-            if isinstance(entry, Engine):
-                preimage["hardware"] = self.hardware(entry)
-        slot = _slot(name, preimage, self.label(name, settings))
-        return Stage(name, provider, settings, entry.gives, preimage, slot)
-
-    def option(self, stage: StageName, name: str) -> Option:
-        of = self.entries
-        if stage == "stage2":
-            return of.engine.options[name]
-        if stage == "calibrate" and of.calibration and name in of.calibration.options:
-            return of.calibration.options[name]
-        return of.precision.options[name]
-
-    def data(self, stage: StageName, settings: Mapping[str, Setting]) -> dict[str, str]:
-        """Option -> digest, for options that name data."""
-        found = {}
-        for name, setting in settings.items():
-            if self.option(stage, name).data:
-                try:
-                    found[name] = self.identify(str(setting.value))
-                except MachineError as error:
-                    self.lacking_data = MachineError(f"{setting.key}: {error.message}", error.hint)
-                except RequestError as error:
-                    raise RequestError(f"{setting.key}: {error.message}", error.hint) from None
-        return found
-
-    def validate(self, engine_key: str) -> Stage:
-        of = self.entries
-        provider = _provider("engine", of.engine)
-        preimage: dict[str, Any] = {}
-        if engine_key:
-            judges = [_provider("family", of.family), _provider("precision", of.precision)]
-            preimage = _preimage("validate", provider, {}, [engine_key], {})
-            preimage["judges"] = [vars(judge) for judge in judges]
-        return Stage("validate", provider, {}, "", preimage, None)
-
-    def hardware(self, engine: Engine) -> dict[str, str]:
-        known = {"target": self.target}
-        if self.facts.gpus and self.target == self.facts.target:
-            known |= {"gpu": self.facts.gpus[0].name, "driver": self.facts.gpus[0].driver}
-        return {fact: known.get(fact, "") for fact in engine.hardware}
-
-    def label(self, name: StageName, settings: Mapping[str, Setting]) -> str:
-        of = self.entries
-        model = label(of.model.name)
-        if name == "calibrate" and of.calibration:
-            return f"{model}-{of.calibration.name}"
-        text = f"{model}-{of.precision.name}"
-        if name == "stage2":
-            return f"{text}-{of.engine.name}-{self.target}"
-        for option, short in (("tp_size", "tp"), ("pp_size", "pp")):
-            if option in settings and settings[option].value != 1:
-                text += f"-{short}{settings[option].value}"
-        return text
-
-
-#: Which kind of entry runs a stage.
-_KINDS: Mapping[str, str] = {"calibrate": "calibration", "stage1": "precision", "stage2": "engine"}
-
-
-def _provider(kind: Any, entry: Family | StageEntry) -> Provider:
-    return Provider(kind, entry.name, entry.module, entry.owner.package, entry.owner.version)
-
-
-def _preimage(
-    name: StageName,
-    provider: Provider,
-    options: Mapping[str, Value],
-    inputs: Sequence[str],
-    tools: Mapping[str, str],
-) -> dict[str, Any]:
-    return {
-        "format": KEY_FORMAT,
-        "core": __version__,
-        "stage": name,
-        "provider": vars(provider),
-        "options": dict(options),
-        "inputs": list(inputs),
-        "tools": dict(tools),
-    }
-
-
-def _slot(name: StageName, preimage: Mapping[str, Any], text: str) -> Slot | None:
-    return Slot(PLACES[name], text, key_of(preimage)) if preimage else None

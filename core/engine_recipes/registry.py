@@ -11,13 +11,13 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from . import __version__
 from .errors import RequestError, did_you_mean
 from .refs import NAME
 from .structure import quote, structure, suggest
-from .types import CALIBRATION, HF_CHECKPOINT, TRTLLM_CHECKPOINT, Ref, Value
+from .types import BASELINE, CALIBRATION, HF_CHECKPOINT, TRTLLM_CHECKPOINT, Ref, Value
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,6 +25,8 @@ else:
     import tomli as tomllib
 
 API = 1
+#: Models of fewer parameters lose more when they are quantised, and have limits of their own.
+SMALL = 1_000_000_000
 GROUP = "engine_recipes"
 _OURS = "engine-recipes"
 
@@ -65,6 +67,14 @@ class Option:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """Where a metric warns and fails for one precision; what is left out is the metric's own."""
+
+    warn: float | None = None
+    fail: float | None = None
+
+
+@dataclass(frozen=True)
 class Needs:
     """Hardware that a precision pays on, as a version range: `compute = ">=8.9"`. Empty: any."""
 
@@ -88,10 +98,16 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Family(Entry):
-    """Models that share a description. `architectures` are the class names of `config.json` it knows."""
+    """Models that share a description.
+
+    Attributes:
+        architectures: the class names of `config.json` it knows.
+        references: what can run their unquantised source, in order of preference; nothing: the defaults.
+    """
 
     module: str
     architectures: tuple[str, ...]
+    references: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,10 +151,34 @@ class Calibration(StageEntry):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Reference(StageEntry):
+    """What runs the unquantised source, for builds to be compared with."""
+
+    takes: tuple[str, ...] = (HF_CHECKPOINT,)
+    gives: str = BASELINE
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Metric(Entry):
+    """A number that validation measures, and where it warns and fails unless a precision says otherwise.
+
+    Attributes:
+        worse: which way is worse, `above` or `below` the limits.
+    """
+
+    worse: Literal["above", "below"]
+    help: str
+    warn: float | None = None
+    fail: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Precision(StageEntry):
     """What stage 1 does.
 
     Attributes:
+        limits: by metric, where validation warns and fails.
+        small_limits: the same for models of fewer than SMALL parameters, which lose more; over `limits`.
         bits: per weight of the linear layers, for size estimates.
         algorithm: the `quant_algo` of its checkpoints; nothing if they are not quantised.
         calibration: the name of what is measured first; nothing if the weights are all it needs.
@@ -150,6 +190,8 @@ class Precision(StageEntry):
     needs: Needs = Needs()
     algorithm: str = ""
     calibration: str = ""
+    limits: Mapping[str, Limit] = field(default_factory=dict)
+    small_limits: Mapping[str, Limit] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -172,10 +214,18 @@ class Engine(StageEntry):
 
 @dataclass(frozen=True)
 class Defaults:
-    """What is chosen when the request leaves it open. `engines` in order of preference."""
+    """What is chosen when the request leaves it open. `engines` and `references` in order of preference."""
 
     precision: str = "fp16"
     engines: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How builds are judged: options of the validation itself, `gate.…` in `--set`."""
+
+    options: Mapping[str, Option] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -202,6 +252,8 @@ _KINDS: dict[str, type[Entry]] = {
     "calibrations": Calibration,
     "precisions": Precision,
     "engines": Engine,
+    "references": Reference,
+    "metrics": Metric,
 }
 _SINGULAR = {
     "families": "family",
@@ -209,6 +261,8 @@ _SINGULAR = {
     "calibrations": "calibration",
     "precisions": "precision",
     "engines": "engine",
+    "references": "reference",
+    "metrics": "metric",
 }
 
 
@@ -237,6 +291,9 @@ class Registry:
     calibrations: Names[Calibration]
     precisions: Names[Precision]
     engines: Names[Engine]
+    references: Names[Reference]
+    metrics: Names[Metric]
+    gate: Gate
     aliases: Mapping[str, str]
     defaults: Defaults
     problems: tuple[Problem, ...]
@@ -245,12 +302,20 @@ class Registry:
     @property
     def kinds(self) -> tuple[Names[Any], ...]:
         """All kinds of entry, in the order in which a build meets them."""
-        return self.families, self.models, self.calibrations, self.precisions, self.engines
+        return (
+            self.families,
+            self.models,
+            self.calibrations,
+            self.precisions,
+            self.engines,
+            self.references,
+            self.metrics,
+        )
 
     @property
     def stage_entries(self) -> list[StageEntry]:
         """Everything that a stage can run."""
-        kinds = (self.calibrations, self.precisions, self.engines)
+        kinds: tuple[Names[Any], ...] = (self.calibrations, self.precisions, self.engines, self.references)
         return [entry for names in kinds for entry in names.entries.values()]
 
     def calibration_of(self, precision: Precision) -> Calibration | None:
@@ -352,8 +417,8 @@ def merge(fragments: Iterable[Fragment], problems: Iterable[Problem] = ()) -> Re
     """Merge fragments into a registry. Errors in installed packages become problems, others are raised together."""
     fragments = list(fragments)
     merger = _Merger(fragments, list(problems))
-    known = {*_KINDS, "defaults", "aliases", "prefer"}
     for fragment in fragments:
+        known = {*_KINDS, "defaults", "aliases", "prefer", *(["gate"] if fragment.owner.package == _OURS else [])}
         for key, value in fragment.table.items():
             if key not in known:
                 merger.complain(fragment.owner, f"{key}: unknown{suggest(key, known)}")
@@ -366,6 +431,9 @@ def merge(fragments: Iterable[Fragment], problems: Iterable[Problem] = ()) -> Re
         calibrations=Names("calibrations", *merger.kind("calibrations", Calibration)),
         precisions=Names("precisions", *merger.kind("precisions", Precision)),
         engines=Names("engines", *merger.kind("engines", Engine)),
+        references=Names("references", *merger.kind("references", Reference)),
+        metrics=Names("metrics", *merger.kind("metrics", Metric)),
+        gate=structure(Gate, merger.joined("gate"), "gate", merger.local) or Gate(),
         aliases=merger.aliases(),
         defaults=defaults or Defaults(),
         problems=tuple(merger.problems),
@@ -422,6 +490,8 @@ class _Merger:
         known = {name for entry in registry.precisions.entries.values() for name in entry.options}
         known |= {f"calib.{name}" for entry in registry.calibrations.entries.values() for name in entry.options}
         known |= {f"build.{name}" for entry in registry.engines.entries.values() for name in entry.options}
+        known |= {f"gate.{name}" for name in registry.gate.options}
+        known |= {f"gate.{name}.{limit}" for name in registry.metrics.entries for limit in ("warn", "fail")}
         for names in registry.kinds:
             for name, entry in names.entries.items():
                 owner = entry.origins.get("settings", entry.owner)

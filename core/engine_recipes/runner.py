@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,9 +16,10 @@ from . import __version__, gate, history
 from .errors import Interrupted, RecipesError, Rejected, disk_error
 from .events import Event
 from .launch import Answer, call
-from .planning import STAGES, Plan, Stage
-from .store import Slot, Store, read_json, read_manifest, size_of
-from .types import DECODER, HF_CHECKPOINT, Artifact, Check, Provider, Report, StageContext, StageName
+from .planning import Plan
+from .stages import STAGES, Stage, provider
+from .store import Slot, Store, note, read_json, read_manifest, size_of
+from .types import DECODER, HF_CHECKPOINT, Artifact, Findings, Provider, Report, StageContext, StageName
 
 StageStatus = Literal["run", "cached", "skipped", "failed"]
 BuildStatus = Literal["built", "cached", "rejected", "failed"]
@@ -76,15 +77,23 @@ class Build:
 
 @dataclass(frozen=True)
 class How:
-    """Choices about running, not about what is built; none of them is in a key."""
+    """Choices about running, not about what is built; none of them is in a key.
+
+    Attributes:
+        force: do again what was done; what a plan says is ready is used all the same.
+        accept: why an engine that fails its validation is published nevertheless; empty: it is not.
+    """
 
     until: StageName = "validate"
     validate: bool = True
     force: bool = False
+    accept: str = ""
 
 
 def status(plan: Plan, stage: Stage, store: Store, engine: Path | None = None) -> Path | None:
     """Where the stage's result is, if it is there already. For validate: the engine's folder, if it was judged."""
+    if stage.ready:
+        return stage.ready.path
     if stage.slot is not None:
         folder = store.get(stage.slot)
         if folder and stage.name == "resolve" and plan.located:
@@ -92,7 +101,7 @@ def status(plan: Plan, stage: Stage, store: Store, engine: Path | None = None) -
             known = read_json(folder / "source.json").get("folder")
             return folder if known == str(plan.located.folder.absolute()) else None
         return folder
-    if stage.name == "validate" and engine and stage.key and gate.read(engine, stage.key):
+    if stage.name == "validate" and engine and stage.key and gate.found(engine, stage.key):
         return engine
     return None
 
@@ -122,7 +131,8 @@ def run(plan: Plan, store: Store, how: How, listen: Callable[[Event], None]) -> 
         error = failure
     seconds = time.monotonic() - started
     build = Build(plan, walk.outcome(error), tuple(walk.results), seconds, walk.report, error)
-    if any(result.status in ("run", "failed") for result in walk.results):
+    is_build = plan.stage("stage2").ready is None  # and no mere judging of an engine
+    if is_build and any(result.status in ("run", "failed") for result in walk.results):
         _remember(store, build)
     return build
 
@@ -142,6 +152,8 @@ class _Walk:
         for stage in self.plan.stages:
             if STAGES.index(stage.name) > last:
                 break
+            if stage.name == "baseline" and not self.how.validate:
+                continue
             if stage.name == "validate":
                 self.validate(stage)
             else:
@@ -155,9 +167,9 @@ class _Walk:
         return "built" if any(result.status == "run" for result in self.results) else "cached"
 
     def build(self, stage: Stage) -> None:
-        assert stage.slot is not None
         folder = self.hit(stage)
         if folder is None:
+            assert stage.slot is not None
             with self.store.lock(stage.slot, lambda: self.tell(stage, "waiting")):
                 folder = self.hit(stage)  # somebody else built it meanwhile
                 if folder is None:
@@ -166,10 +178,15 @@ class _Walk:
                     self.keep(stage, folder)
         else:
             self.keep(stage, folder)
-        self.artifacts.insert(0, Artifact(stage.gives, folder, stage.key))
+        # nearest first; but a baseline is no step on the way to the engine, which judges find in the first place
+        self.artifacts.insert(
+            len(self.artifacts) if stage.name == "baseline" else 0, Artifact(stage.gives, folder, stage.key)
+        )
 
     def hit(self, stage: Stage) -> Path | None:
-        return None if self.how.force else status(self.plan, stage, self.store)
+        if self.how.force and not stage.ready and stage.name != "baseline":
+            return None
+        return status(self.plan, stage, self.store)
 
     def keep(self, stage: Stage, folder: Path) -> None:
         manifest = read_manifest(folder) or {}
@@ -227,6 +244,11 @@ class _Walk:
             "context": self.context(stage, out).as_json(),
             "gives": stage.gives,
             "data": stage.preimage.get("data", {}),
+            "claims": {
+                "algorithm": self.plan.precision.algorithm,
+                "bits": self.plan.precision.bits,
+                "not_compared": self.plan.not_compared,
+            },
             "architectures": self.plan.family.architectures,
             "source": {
                 "folder": str(located.folder.absolute()),
@@ -260,7 +282,7 @@ class _Walk:
             "target": self.plan.target if stage.name == "stage2" else None,
             "provider": asdict(stage.provider),
             "options": stage.options,
-            "set": self.plan.given,
+            "set": self.plan.recipe,
             "preimage": stage.preimage,
             "inputs": [{**asdict(a), "path": str(a.path)} for a in self.artifacts],
             "source": {"spec": str(located.source), "revision": located.revision} if located else None,
@@ -276,47 +298,60 @@ class _Walk:
         if not self.how.validate:
             self.results.append(StageResult("validate", "skipped", key=stage.key))
             return
-        known = self.known(stage, engine)
-        if known is None:
-            slot = self.plan.stage("stage2").slot
-            assert slot is not None
-            with self.store.lock(slot, lambda: self.tell(stage, "waiting")):
-                known = self.known(stage, engine) or self.judge(stage, engine, self.store.log_path(slot))
-        self.report = known
-        if known.verdict == "fail":
-            raise _rejected(self.plan, known, engine)
-        plain = self.store.plain(engine)
-        if known.verdict in ("pass", "warn") and (self.results[-1].status == "run" or not plain.exists()):
-            self.store.link(engine)
-
-    def known(self, stage: Stage, engine: Path) -> Report | None:
-        report = None if self.how.force else gate.read(engine, stage.key)
-        if report is not None:
-            self.results.append(StageResult("validate", "cached", key=stage.key, path=engine))
+        found = self.known(stage, engine)
+        if found is None:
+            with self.store.lock_folder(engine, lambda: self.tell(stage, "waiting")):
+                found = self.known(stage, engine) or self.look(stage, engine)
+        else:
             self.tell(stage, "cached", path=str(engine))
-        return report
+        self.publish(stage, engine, found)
 
-    def judge(self, stage: Stage, engine: Path, log: Path) -> Report:
+    def known(self, stage: Stage, engine: Path) -> Findings | None:
+        """What was measured before, under this key."""
+        found = None if self.how.force else gate.found(engine, stage.key)
+        if found is not None:
+            self.results.append(StageResult("validate", "cached", key=stage.key, path=engine))
+        return found
+
+    def look(self, stage: Stage, engine: Path) -> Findings:
+        """Measure, and keep what was found."""
         started = time.monotonic()
         self.tell(stage, "started")
-        judges = [self.plan.stage(name).provider for name in ("resolve", "stage1", "stage2")]
+        judges = [provider("family", self.plan.family), provider("precision", self.plan.precision), stage.provider]
         try:
             with TemporaryDirectory(prefix="engine-recipes-") as scratch:  # judges may write, but leave nothing
-                answer = self.work(stage, Path(scratch), log, judges)
+                answer = self.work(stage, Path(scratch), self.store.log_of(engine), judges)
         except RecipesError:
             self.results.append(StageResult("validate", "failed", time.monotonic() - started, stage.key, engine))
             raise
-        report = gate.judge(Check(**check) for check in answer.value)
-        try:
-            gate.write(engine, stage.key, report)
-        except OSError as error:
-            raise disk_error(error, engine) from None
-        seconds = time.monotonic() - started
+        seconds, found = time.monotonic() - started, Findings.from_json(answer.value)
         self.results.append(
             StageResult("validate", "run", seconds, stage.key, engine, peak_rss_bytes=answer.peak_rss_bytes)
         )
-        self.tell(stage, "finished", seconds=seconds, verdict=report.verdict)
-        return report
+        verdict = gate.judge(found, self.plan.bounds).verdict
+        self.tell(stage, "finished", seconds=seconds, verdict=verdict)
+        return found
+
+    def publish(self, stage: Stage, engine: Path, found: Findings) -> None:
+        """Judge, keep the verdict, and give the engine its plain name unless it failed and nobody accepts that."""
+        before, report = gate.read(engine), gate.judge(found, self.plan.bounds)
+        if report.verdict == "fail":
+            known = before.accepted if before and report.failed <= before.failed else ""
+            report = replace(report, accepted=self.how.accept or known)
+        self.report = report
+        ran = self.results[-1].status == "run"
+        try:
+            if ran or report != before:
+                gate.write(engine, stage.key, found, report)
+            if report.accepted != (before.accepted if before else ""):
+                note(engine, accepted=report.accepted or None)
+        except OSError as error:
+            raise disk_error(error, engine) from None
+        if report.verdict == "fail" and not report.accepted:
+            gate.withdraw(self.store, engine)
+            raise _rejected(self.plan, report, engine)
+        if report.verdict != "not run" and self.store.holds(engine) and (ran or not self.store.plain(engine).exists()):
+            self.store.link(engine)
 
     def tell(self, stage: Stage, what: str, **more: Any) -> None:
         self.listen({"event": "stage", "stage": stage.name, "status": what, "provider": str(stage.provider), **more})

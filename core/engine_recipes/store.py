@@ -22,6 +22,7 @@ PLACES: Mapping[str, str] = {
     "calibrate": "calibrations",
     "stage1": "checkpoints",
     "stage2": "engines",
+    "baseline": "baselines",
 }
 _STAGING = ".tmp-"
 
@@ -68,9 +69,15 @@ class Store:
     @contextmanager
     def lock(self, slot: Slot, on_wait: Callable[[], None]) -> Iterator[None]:
         """Hold the slot. If another process has it, call `on_wait` once and wait. The kernel frees a dead holder's."""
+        with self.lock_folder(self.path(slot), on_wait, slot.place):
+            yield
+
+    @contextmanager
+    def lock_folder(self, folder: Path, on_wait: Callable[[], None], place: str = "engines") -> Iterator[None]:
+        """Hold a folder by its name."""
         from filelock import FileLock, Timeout
 
-        lock = FileLock(self._lock_path(slot.place, self.path(slot).name))
+        lock = FileLock(self._lock_path(place, folder.name))
         try:
             lock.acquire(blocking=False)
         except Timeout:
@@ -119,6 +126,14 @@ class Store:
     def log_path(self, slot: Slot) -> Path:
         """Where the output of this slot's tools is kept, also of failed runs."""
         return self._make(self.workspace / "logs") / f"{slot.place}-{slot.label}-{slot.key[:8]}.log"
+
+    def log_of(self, engine: Path) -> Path:
+        """The same for an engine's folder."""
+        return self._make(self.workspace / "logs") / f"engines-{engine.name}.log"
+
+    def holds(self, engine: Path) -> bool:
+        """Whether an engine's folder is one of this workspace's."""
+        return engine.parent == self.workspace / "engines"
 
     def link(self, engine: Path) -> Path:
         """Point the plain name (the folder's name without its key) at this engine. Atomic."""
@@ -224,6 +239,14 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def note(folder: Path, **more: Any) -> None:
+    """Add to the manifest of a folder, if it has one; None takes away."""
+    manifest = read_manifest(folder)
+    if manifest:
+        changed = {key: value for key, value in {**manifest, **more}.items() if value is not None}
+        write_json(folder / MANIFEST, changed)
 
 
 def is_whole(folder: Path, manifest: Mapping[str, Any]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -70,6 +70,10 @@ def _convert(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return _union(args, value, path, errors)
+    if origin is Literal:
+        if value not in args:
+            errors.append(f"{path}: must be {' or '.join(map(str, args))}, not {value!r}")
+        return value
     if origin is tuple:
         items = value if isinstance(value, list) else [value]
         return tuple(_convert(args[0], item, f"{path}[{i}]", errors) for i, item in enumerate(items))

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 Value = str | int | float | bool
-StageName = Literal["resolve", "calibrate", "stage1", "stage2", "validate"]
+StageName = Literal["resolve", "calibrate", "stage1", "stage2", "baseline", "validate"]
 Verdict = Literal["pass", "warn", "fail", "not run"]
 
 #: Artifact kinds that core and the built-in plugins use. A plugin may add its own.
 HF_CHECKPOINT = "hf-checkpoint"
 TRTLLM_CHECKPOINT = "trtllm-checkpoint"
 CALIBRATION = "calibration"
+BASELINE = "baseline"
 #: What the model is, in the folder that the resolve stage leaves.
 DECODER = "decoder.json"
 
@@ -47,7 +48,7 @@ class Ref:
 class Provider:
     """Who runs a hook: a registry entry and the package it belongs to."""
 
-    kind: Literal["family", "calibration", "precision", "engine"]
+    kind: Literal["family", "calibration", "precision", "engine", "reference"]
     name: str
     module: str
     package: str
@@ -82,7 +83,8 @@ class StageContext:
         options: every option the stage knows, defaults filled in. Keys as in `--set`, without the prefix
             (`build.` for stage 2).
         inputs: what earlier stages left, nearest first: stage 1 gets (source,), or (calibration, source) if its
-            precision names a calibration; stage 2 the checkpoint and those, validate the engine and those.
+            precision names a calibration; stage 2 the checkpoint and those; validate the engine and those, and last
+            the baseline, if there is one.
         out: an empty folder; write here and nowhere else. It is published by one rename when the hook returns.
         target: what the engine is for: `cpu`, `sm89` …
     """
@@ -125,6 +127,77 @@ class Check:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Measure:
+    """A number about an engine that has no verdict yet: limits of the registry judge it.
+
+    Attributes:
+        name: a metric of the registry, `mean_kl`.
+        base: the same number of the unquantised source, where it has one: an engine is not blamed for what its
+            source does as well.
+        note: what was measured, and where it was worst.
+    """
+
+    name: str
+    value: float
+    base: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What looking at an engine found.
+
+    Attributes:
+        measures: numbers for limits to judge.
+        checks: what has its verdict already.
+        samples: prompts and what was said: `prompt`, `text`, and `source`, the unquantised model's text.
+        layers: linear layer, as TensorRT-LLM names it (`transformer.layers.0.mlp.proj`) -> relative error of its
+            weights.
+    """
+
+    measures: tuple[Measure, ...] = ()
+    checks: tuple[Check, ...] = ()
+    samples: tuple[Mapping[str, str], ...] = ()
+    layers: Mapping[str, float] = field(default_factory=dict)
+
+    def __add__(self, other: Findings) -> Findings:
+        return Findings(
+            self.measures + other.measures,
+            self.checks + other.checks,
+            self.samples + other.samples,
+            {**self.layers, **other.layers},
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain JSON. Numbers that JSON lacks travel as words: `nan`, `inf`."""
+        return {
+            "measures": [_spelled(vars(measure)) for measure in self.measures],
+            "checks": [_spelled(vars(check)) for check in self.checks],
+            "samples": [dict(sample) for sample in self.samples],
+            "layers": _spelled(self.layers),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Findings:
+        """The reverse of `as_json`."""
+        return cls(
+            tuple(Measure(**_read_numbers(measure)) for measure in data["measures"]),
+            tuple(Check(**_read_numbers(check)) for check in data["checks"]),
+            tuple(data["samples"]),
+            {name: float(value) for name, value in data["layers"].items()},
+        )
+
+
+def _spelled(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+
+
+def _read_numbers(fields: Mapping[str, Any]) -> dict[str, Any]:
+    numbers = ("value", "base", "limit")
+    return {k: float(v) if k in numbers and isinstance(v, str) else v for k, v in fields.items()}
+
+
 def _number(value: float | None) -> float | None:
     """JSON has no NaN and no infinity."""
     return value if value is not None and math.isfinite(value) else None
@@ -132,12 +205,24 @@ def _number(value: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Report:
-    """The judgement of one engine."""
+    """The judgement of one engine. `layers` as in Findings; `accepted` is why it is used although it failed."""
 
     verdict: Verdict = "not run"
     metrics: Mapping[str, float] = field(default_factory=dict)
     checks: tuple[Check, ...] = ()
     samples: tuple[Mapping[str, str], ...] = ()
+    layers: Mapping[str, float] = field(default_factory=dict)
+    accepted: str = ""
+
+    @property
+    def failed(self) -> frozenset[str]:
+        """Names of the checks that failed."""
+        return frozenset(check.name for check in self.checks if check.verdict == "fail")
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the engine may have its plain name."""
+        return self.verdict in ("pass", "warn") or bool(self.accepted)
 
     def as_json(self) -> dict[str, Any]:
         """The `validation` object of `build --json`."""
@@ -148,6 +233,7 @@ class Report:
                 {**vars(check), "value": _number(check.value), "limit": _number(check.limit)} for check in self.checks
             ],
             "samples": [dict(sample) for sample in self.samples],
+            "accepted": self.accepted or None,
         }
 
 

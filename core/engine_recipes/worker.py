@@ -15,15 +15,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import events
+from . import events, gate
 from .decoder import Decoder
 from .errors import MachineError, RecipesError, StageFailed
 from .host import Host
-from .types import CALIBRATION, DECODER, HF_CHECKPOINT, TRTLLM_CHECKPOINT, Provider, StageContext
+from .types import CALIBRATION, DECODER, HF_CHECKPOINT, TRTLLM_CHECKPOINT, Provider, Report, StageContext
 
 
 def main() -> None:
@@ -57,6 +56,13 @@ def perform(call: Mapping[str, Any]) -> Any:
     host = Host(providers)
     if call["action"] == "check":
         return _check(host, call)
+    if call["action"] == "bench":
+        from .bench import Settings, measure
+
+        return measure(host, providers[0], Path(call["folder"]), Settings(**call["settings"]), call["prompts"])
+    if call["action"] == "fallbacks":
+        report = gate.read(Path(call["engine"])) or Report()
+        return [dict(offer) for offer in host.fallbacks(providers[0], StageContext.from_json(call["context"]), report)]
     context = StageContext.from_json(call["context"])
     if context.stage == "resolve":
         return _resolve(host, providers[0], context, call)
@@ -70,7 +76,13 @@ def perform(call: Mapping[str, Any]) -> Any:
     if context.stage == "stage2":
         host.stage2(providers[0], context)
         return _finish_stage2(context)
-    return [asdict(check) for check in host.validate(context)]
+    from .gate import measuring
+
+    if context.stage == "baseline":
+        found = measuring.record(host, providers[0], context)
+        _check_data(context, call["data"])
+        return found
+    return measuring.measure(host, providers, context, call["claims"]).as_json()
 
 
 def _check(host: Host, call: Mapping[str, Any]) -> None:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from engine_recipes import StageContext, hookimpl
+from engine_recipes import Decoder, Report, StageContext, hookimpl
 
-from .plain import check_decoder
-from .quantised import quantize
+from .fallback import Offer, offers
+from .quantised import check, quantize
 
-__all__ = ["check_decoder"]
+
+@hookimpl
+def check_decoder(context: StageContext, decoder: Decoder) -> None:
+    """Refuse a split that would cut heads or rows, and layers to exclude that are not there."""
+    check(context.options, decoder)
 
 
 @hookimpl
 def stage1(context: StageContext) -> None:
-    """Quantize by the calibration. Options: `tp_size`, `pp_size`, `dtype`, `kv_cache`."""
+    """Quantize by the calibration. Options: `tp_size`, `pp_size`, `dtype`, `kv_cache`, `exclude`."""
     quantize(context, "FP8")
+
+
+@hookimpl
+def fallbacks(context: StageContext, report: Report) -> list[Offer]:
+    """A 16-bit KV cache, then the layers with the largest weight errors at 16 bits."""
+    return offers(context, report)

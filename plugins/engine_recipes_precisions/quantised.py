@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from engine_recipes import StageContext, checkpoint
+from engine_recipes import Decoder, StageContext, checkpoint
+
+
+def check(options: Mapping[str, Any], decoder: Decoder) -> None:
+    """Refuse a split that would cut heads or rows, and layers to exclude that are not there."""
+    checkpoint.check_split(decoder, options["tp_size"], options["pp_size"])
+    checkpoint.excluded_linears(decoder, patterns(options), options["pp_size"])
+
+
+def patterns(options: Mapping[str, Any]) -> list[str]:
+    """What the option `exclude` names."""
+    return [word.strip() for word in options["exclude"].split(",") if word.strip()]
 
 
 def quantize(context: StageContext, algorithm: Any) -> None:
@@ -22,4 +34,5 @@ def quantize(context: StageContext, algorithm: Any) -> None:
             group_size=options.get("group_size", 0),
             tp_size=options["tp_size"],
             pp_size=options["pp_size"],
+            exclude=patterns(options),
         )

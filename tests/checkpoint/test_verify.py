@@ -95,6 +95,7 @@ def test_values_that_are_not_finite_are_found_in_the_contents(tmp_path: Path, va
 
 
 QKV = "transformer.layers.1.attention.qkv."
+DENSE = "transformer.layers.1.attention.dense."
 QUANTISED: dict[str, tuple[str, str | None, dict[str, np.ndarray[Any, Any] | None], str]] = {
     "no input scale": ("FP8", None, {"activation_scaling_factor": None}, "lacks {}activation_scaling_factor"),
     "no group scales": ("W4A16_AWQ", None, {"weights_scaling_factor": None}, "lacks {}weights_scaling_factor"),
@@ -158,6 +159,47 @@ def test_a_quantised_checkpoint_holds_what_its_algorithm_says(tmp_path: Path, na
     out = quantised(tmp_path, algorithm, cache)
     change(out, **{QKV + part: array for part, array in changes.items()})
     with pytest.raises(StageFailed, match=r"rank0\.safetensors:? " + message.format(re.escape(QKV))):
+        verify(out)
+
+
+SCALES = ("weights_scaling_factor", "activation_scaling_factor", "prequant_scaling_factor")
+PLAIN = {"weight": np.ones((128, 64), np.float16), **dict.fromkeys(SCALES)}
+
+
+@pytest.mark.parametrize("algorithm", ["FP8", "W4A16_AWQ"])
+@pytest.mark.parametrize("listed", [QKV.strip("."), "*.1.attention.*"])
+def test_what_is_listed_as_excluded_is_plain_and_nothing_else_is(tmp_path: Path, algorithm: str, listed: str) -> None:
+    out = quantised(tmp_path, algorithm)
+    change(out, **{f"{at}{part}": array for at in (QKV, DENSE) for part, array in PLAIN.items()})
+    change(out, **{f"{DENSE}weight": np.ones((64, 64), np.float16)})
+    settings = {"quant_algo": algorithm, "group_size": 64}
+    replace_in_config(out, quantization={**settings, "exclude_modules": ["lm_head", listed, DENSE.strip(".")]})
+    verify(out)
+    for names in (["lm_head"], None, [f"{DENSE}.*"]):
+        replace_in_config(out, quantization={**settings, "exclude_modules": names})
+        with pytest.raises(StageFailed, match=r"rank0\.safetensors lacks .*attention\.qkv\.weights_scaling_factor"):
+            verify(out)
+
+
+@pytest.mark.parametrize("algorithm", ["FP8", "W4A16_AWQ"])
+def test_what_is_listed_as_excluded_and_quantised_is_refused(tmp_path: Path, algorithm: str) -> None:
+    out = quantised(tmp_path, algorithm)
+    excluded = ["lm_head", QKV.strip(".")]
+    replace_in_config(out, quantization={"quant_algo": algorithm, "group_size": 64, "exclude_modules": excluded})
+    with pytest.raises(StageFailed, match=r"holds .*qkv\.\w+_scaling_factor, which config\.json does not imply"):
+        verify(out)
+    change(out, **{QKV + scale: None for scale in SCALES})
+    with pytest.raises(StageFailed, match=r"attention\.qkv\.weight (is float8_e4m3fn|has shape)"):
+        verify(out)
+    change(out, **{QKV + "weight": np.ones((128, 64), np.float16)})
+    verify(out)
+
+
+@pytest.mark.parametrize("names", ["lm_head", ["lm_head", 3], {"lm_head": True}])
+def test_a_list_of_exclusions_that_is_none_is_refused(tmp_path: Path, names: object) -> None:
+    out = quantised(tmp_path, "FP8")
+    replace_in_config(out, quantization={"quant_algo": "FP8", "exclude_modules": names})
+    with pytest.raises(StageFailed, match=r"config\.json gives exclude_modules as"):
         verify(out)
 
 

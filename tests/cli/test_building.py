@@ -18,7 +18,13 @@ def test_build_json_is_one_document_with_the_promised_fields(toy_model: Path, re
     assert ran.json["schema"] == 1
     assert build["ref"] == REF
     assert (build["precision"], build["engine"], build["target"], build["status"]) == ("plain", "echo", "cpu", "built")
-    assert [stage["name"] for stage in build["stages"]] == ["resolve", "stage1", "stage2", "validate"]
+    assert [stage["name"] for stage in build["stages"]] == [
+        "resolve",
+        "stage1",
+        "stage2",
+        "baseline",
+        "validate",
+    ]
     for stage in build["stages"]:
         assert set(stage) == {"name", "status", "seconds", "key", "path", "bytes", "peak_rss_bytes"}
         assert len(stage["key"]) == 64

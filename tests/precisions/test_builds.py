@@ -57,6 +57,19 @@ def test_one_calibration_serves_every_fp8_build(model: Path, recipes: Recipes) -
     assert set(statuses(again["stages"]).values()) == {"cached"}  # where it is measured is not what is measured
 
 
+@pytest.mark.parametrize("precision", ["fp8", "int4-awq"])
+def test_layers_can_be_excluded_without_calibrating_again(model: Path, recipes: Recipes, precision: str) -> None:
+    build(recipes, precision, *LITTLE, "--until", "calibrate")
+    exclude = ("--set", "exclude=transformer.layers.1.mlp.proj, *.0.attention.*", "--set", "kv_cache=int8")
+    built = build(recipes, precision, *LITTLE, *exclude, "--until", "stage2")
+    assert [stage["status"] for stage in built["stages"]] == ["cached", "cached", "run", "run"]
+    with open_checkpoint(Path(built["checkpoint_dir"])) as opened:
+        at = "transformer.layers."
+        assert opened.scheme.excluded == (f"{at}0.attention.qkv", f"{at}0.attention.dense", f"{at}1.mlp.proj")
+        assert f"{at}0.attention.kv_cache_scaling_factor" in opened.names()
+        assert opened.info(f"{at}1.mlp.proj.weight")[0] == opened.dtype
+
+
 def test_int4_awq_gives_the_same_bytes_everywhere(model: Path, recipes: Recipes, tmp_path: Path) -> None:
     one = build(recipes, "int4-awq", *LITTLE)
     two = build(recipes, "int4-awq", *LITTLE, "--workspace", tmp_path / "elsewhere", "--until", "stage1")

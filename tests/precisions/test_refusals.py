@@ -69,6 +69,9 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], list[str], str, str]] = [
     ("fp8", {}, ["build.max_seq_len=999"], "max_seq_len = 999", "choose 1 to 512"),
     ("fp8", {}, ["kv_cache=fp4"], "kv_cache = 'fp4': must be one of none, fp8, int8", ""),
     ("int4-awq", {}, ["group_size=96"], "group_size = 96: must be one of 0, 64, 128", ""),
+    ("fp8", {}, ["exclude=*.mlp.down"], "exclude: *.mlp.down is no linear layer of this model", "attention.dense"),
+    ("int4-awq", {}, ["exclude=*"], "exclude: every linear layer is excluded", "fp16 or bf16"),
+    ("fp8", {}, ["exclude=*.0.mlp.fc", "pp_size=2"], "layers.1.mlp.fc would be excluded as well", "pp_size 1"),
     ("fp8", {}, ["calib.seq_len=513"], "calib.seq_len = 513 and the model has 512 positions", "calib.seq_len=512"),
 ]
 

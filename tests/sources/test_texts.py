@@ -345,6 +345,17 @@ def test_a_malformed_dataset_spec(rest: str) -> None:
     assert "names no dataset" in refused(f"hf:{rest}")[0]
 
 
+# -- prompts among texts
+
+
+def test_prompts_come_as_they_are_and_everything_else_as_text() -> None:
+    lines = [{"prompt": "q", "answers": ["a"]}, {"text": "t"}, {"prompt": "p"}, {"prompt": "p", "response": "r"}, "s"]
+    spec = put("a.jsonl", "\n".join(map(json.dumps, lines)))
+    assert list(texts.read_prompts_and_texts(spec)) == [lines[0], "t", lines[2], "p\n\nr", "s"]
+    assert list(texts.read_prompts_and_texts(put("a.txt", "one\ftwo"))) == ["one", "two"]
+    assert list(texts.read_prompts_and_texts(put("b.jsonl", '{"text": " "}'))) == []
+
+
 # -- Parquet
 
 

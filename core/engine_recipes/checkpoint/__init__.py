@@ -5,6 +5,7 @@ from __future__ import annotations
 from .blocks import largest
 from .config import config_json, decoder_from_config
 from .convert import ConvertStats, Dtype, WeightOnly, checkpoint_bytes, convert
+from .exclude import excluded_linears, linear_sizes
 from .formats import Scheme, Stored, choose_group_size, stored
 from .layout import Piece, TensorSpec, check_split, layout, source_shapes, stage_layers
 from .quantize import quantize, unquantised_dtype
@@ -30,9 +31,11 @@ __all__ = [
     "config_json",
     "convert",
     "decoder_from_config",
+    "excluded_linears",
     "expect_tensors",
     "largest",
     "layout",
+    "linear_sizes",
     "not_finite",
     "open_checkpoint",
     "open_source",

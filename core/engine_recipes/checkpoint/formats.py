@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from ..decoder import Decoder
@@ -25,25 +26,44 @@ ALGORITHMS = ("FP8", "W4A16_AWQ", *WEIGHT_ONLY)
 CACHE_ALGORITHMS = ("FP8", "INT8")
 #: Group sizes that the int4 kernels of TensorRT-LLM have, best compression first.
 GROUP_SIZES = (128, 64)
+_WILD = frozenset("*?[")
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a checkpoint is quantised: `quant_algo`, `kv_cache_quant_algo`, and the group size where it has one."""
+    """How a checkpoint is quantised.
+
+    Attributes:
+        algorithm, cache: `quant_algo` and `kv_cache_quant_algo`.
+        group_size: where the algorithm has one.
+        excluded: linear layers that are not quantised, names or fnmatch patterns; layers count from 0 on each
+            pipeline rank, as in `exclude_modules`.
+    """
 
     algorithm: str | None = None
     cache: str | None = None
     group_size: int = 128
+    excluded: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, quantization: Mapping[str, Any]) -> Scheme:
         """From the `quantization` object of a checkpoint's config.json."""
         group = quantization.get("group_size")
+        excluded = quantization.get("exclude_modules") or []
+        if not isinstance(excluded, list) or not all(isinstance(name, str) for name in excluded):
+            raise RequestError(f"config.json gives exclude_modules as {excluded!r}", "it is a list of names, or null")
         return cls(
             quantization.get("quant_algo"),
             quantization.get("kv_cache_quant_algo"),
             group if isinstance(group, int) and group > 0 else 128,
+            tuple(name for name in excluded if _is_linear(name)),
         )
+
+    def quantises(self, module: str) -> bool:
+        """Whether the algorithm is about this module of a rank, `transformer.layers.0.mlp.proj`."""
+        if self.algorithm is None or not module.endswith(LINEARS):
+            return False
+        return not any(fnmatchcase(module, name) if _WILD & set(name) else module == name for name in self.excluded)
 
     @property
     def is_known(self) -> bool:
@@ -54,7 +74,7 @@ class Scheme:
         """The keys of `quantization` that differ from an unquantised checkpoint's."""
         changes: dict[str, Any] = {"quant_algo": self.algorithm, "kv_cache_quant_algo": self.cache}
         if self.algorithm in ("FP8", "W4A16_AWQ"):
-            changes["exclude_modules"] = ["lm_head"]
+            changes["exclude_modules"] = ["lm_head", *self.excluded]
         if self.algorithm == "W4A16_AWQ":
             changes |= {"group_size": self.group_size, "has_zero_point": False, "pre_quant_scale": True}
         return changes
@@ -92,7 +112,7 @@ def stored(specs: Iterable[TensorSpec], scheme: Scheme, dtype: str) -> Iterator[
     for spec in specs:
         module, _, kind = spec.name.rpartition(".")
         linear = kind == "weight" and module.endswith(LINEARS)
-        if not linear or scheme.algorithm not in ("FP8", "W4A16_AWQ"):
+        if not linear or scheme.algorithm not in ("FP8", "W4A16_AWQ") or not scheme.quantises(module):
             yield Stored(spec, dtype, "plain", spec)
         elif scheme.algorithm == "FP8":
             yield Stored(spec, "float8_e4m3fn", "weight", spec)
@@ -109,6 +129,11 @@ def stored(specs: Iterable[TensorSpec], scheme: Scheme, dtype: str) -> Iterator[
             attention = module.removesuffix(".qkv")
             for name in ("kv_cache", "k_cache", "v_cache"):
                 yield Stored(_scalar(spec, f"{attention}.{name}_scaling_factor"), "float32", "cache_scale", spec)
+
+
+def _is_linear(name: str) -> bool:
+    """Whether an entry of `exclude_modules` may be about a linear layer that would be quantised."""
+    return name.endswith(LINEARS) or bool(_WILD & set(name))
 
 
 def divided(spec: TensorSpec, name: str, row_step: int = 1, column_step: int = 1) -> TensorSpec:

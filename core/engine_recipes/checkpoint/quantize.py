@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -24,6 +24,7 @@ from ..space import require_room
 from .blocks import fp8_rounder, largest, pack_rows, quantize_groups
 from .config import config_json
 from .convert import Block, ConvertStats, Dtype, blocks, cast_job, forget, rows_of, warn_of_overflows
+from .exclude import excluded_linears
 from .formats import Scheme, Stored, choose_group_size, stored
 from .layout import TensorSpec, layout
 from .safetensors import DTYPES_BY_NAME
@@ -56,6 +57,7 @@ def quantize(
     group_size: int = 0,
     tp_size: int = 1,
     pp_size: int = 1,
+    exclude: Sequence[str] = (),
 ) -> ConvertStats:
     """Write `rank<r>.safetensors` for each rank and then `config.json` into `out`.
 
@@ -68,23 +70,27 @@ def quantize(
         kv_cache: 8-bit caches need `cache_amax` of each k and v.
         group_size: of int4; 0 is the largest that fits, up to the one that was calibrated for.
         tp_size, pp_size: the mapping.
+        exclude: linear layers that stay in `dtype`, see `excluded_linears`.
 
     Raises:
-        RequestError: a mapping or group size that does not fit, a statistic that is missing, NaN or inf in the source.
+        RequestError: a mapping, group size or exclusion that does not fit, a statistic that is missing, NaN or inf in
+            the source.
         MachineError: not enough free disk.
     """
-    scheme = Scheme(algorithm, None if kv_cache == "none" else kv_cache.upper())
+    excluded = excluded_linears(source.decoder, exclude, pp_size)
+    scheme = Scheme(algorithm, None if kv_cache == "none" else kv_cache.upper(), excluded=excluded)
     if algorithm == "W4A16_AWQ":
         most = int(statistics.about.get("group_size") or 128)
-        scheme = Scheme(algorithm, scheme.cache, choose_group_size(source.decoder, group_size, tp_size, most))
+        scheme = replace(scheme, group_size=choose_group_size(source.decoder, group_size, tp_size, most))
         if scheme.group_size < 128 and not group_size:
             events.warn(f"group_size is {scheme.group_size}: 128 does not divide every layer's inputs")
     kept = unquantised_dtype(source, dtype)
-    _require_statistics(source, statistics, scheme)
     ranks = [list(stored(specs, scheme, kept)) for specs in layout(source.decoder, tp_size, pp_size)]
+    groups = _quantised_groups(source.decoder, chain.from_iterable(ranks))
+    _require_statistics(source, statistics, scheme, chain.from_iterable(groups))
     progress = Progress(sum(_bytes(tensor) for rank in ranks for tensor in rank))
     require_room("stage 1", progress.total, out)
-    writer = _Writer(source, statistics, scheme, kept)
+    writer = _Writer(source, statistics, scheme, kept, groups)
     for number, tensors in enumerate(ranks):
         infos = {tensor.name: (tensor.dtype, tensor.spec.shape) for tensor in tensors}
         jobs = chain.from_iterable(writer.jobs(tensors))
@@ -106,9 +112,19 @@ def unquantised_dtype(source: SourceCheckpoint, dtype: Dtype | Literal["auto"]) 
     return "float16" if embedding.dtype == "float16" else "bfloat16"
 
 
-def _require_statistics(source: SourceCheckpoint, statistics: Statistics, scheme: Scheme) -> None:
+def _quantised_groups(decoder: Decoder, tensors: Iterable[Stored]) -> list[tuple[str, ...]]:
+    """Those of `linear_groups`, as far as they are quantised."""
+    pieces = chain.from_iterable(tensor.base.pieces for tensor in tensors if tensor.part == "weight")
+    linears = {piece.name.removesuffix(".weight") for piece in pieces}
+    groups = (tuple(name for name in group if name in linears) for group in linear_groups(decoder))
+    return [group for group in groups if group]
+
+
+def _require_statistics(
+    source: SourceCheckpoint, statistics: Statistics, scheme: Scheme, linears: Iterable[str]
+) -> None:
     """Look for everything before anything is read or written."""
-    for linear in (name for group in linear_groups(source.decoder) for name in group):
+    for linear in linears:
         if scheme.algorithm == "FP8":
             statistics.number(f"{linear}.input_amax")
             continue
@@ -144,11 +160,18 @@ class _Scales:
 class _Writer:
     """Turns the stored tensors of a rank into jobs."""
 
-    def __init__(self, source: SourceCheckpoint, statistics: Statistics, scheme: Scheme, dtype: Dtype) -> None:
+    def __init__(
+        self,
+        source: SourceCheckpoint,
+        statistics: Statistics,
+        scheme: Scheme,
+        dtype: Dtype,
+        groups: Sequence[tuple[str, ...]],
+    ) -> None:
         self.source, self.statistics, self.scheme, self.dtype = source, statistics, scheme, dtype
         self.workers = max(2, min(_MOST_WORKERS, cpus()))
         self.stats = ConvertStats()
-        self._scales = self._measure() if scheme.algorithm == "FP8" else {}
+        self._scales = self._measure(groups) if scheme.algorithm == "FP8" else {}
         if scheme.cache:
             _warn_of_cache(source.decoder, statistics, scheme.cache)
 
@@ -170,9 +193,8 @@ class _Writer:
 
     # --- FP8: one scale a tensor, shared by what TensorRT-LLM runs as one matrix or on one input ------------------
 
-    def _measure(self) -> dict[str, _Scales]:
+    def _measure(self, groups: Sequence[tuple[str, ...]]) -> dict[str, _Scales]:
         """HF linear layer -> its scales. Reads every weight once, some rows at a time."""
-        groups = list(linear_groups(self.source.decoder))
         found = self._largest([name for group in groups for name in group])
         scales: dict[str, _Scales] = {}
         for group in groups:

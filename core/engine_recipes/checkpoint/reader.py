@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..decoder import Decoder
 from ..errors import RequestError
 from .config import decoder_from_config
-from .formats import Scheme, stored
+from .formats import LINEARS, Scheme, stored
 from .layout import TensorSpec, layout, stage_layers
 from .safetensors import SafeFile, TensorInfo, numpy_dtype
 from .source import read_json
@@ -39,7 +40,7 @@ class Checkpoint:
         decoder: what the model is.
         dtype: of the unquantised tensors.
         quantization: the config's `quantization` object; its `quant_algo` is None if there is none.
-        scheme: the same, as far as it says which tensors there are.
+        scheme: the same, as far as it says which tensors there are. Its `excluded` are names of each rank.
         tp_size, pp_size: the mapping.
         ranks: the header of every rank file: names as in the file -> where.
     """
@@ -86,6 +87,11 @@ class Checkpoint:
         stage, local = self._place(name)
         info = self.ranks[stage * self.tp_size][local]
         return info.dtype, self._specs[name][0].shape if self._is_split(name) else info.shape
+
+    def is_quantized(self, module: str) -> bool:
+        """Whether `quant_algo` is about this linear layer: False for what `exclude_modules` names."""
+        _, local = self._places.get(f"{module}.weight", (0, ""))
+        return self.scheme.quantises(local.removesuffix(".weight"))
 
     def array(self, name: str) -> Array:
         """The whole tensor, read-only.
@@ -145,7 +151,10 @@ class Checkpoint:
         if self.tp_size == 1:
             return {}
         (whole,) = layout(self.decoder)
-        specs = {tensor.name: [tensor.spec] for tensor in stored(whole, self.scheme, self.dtype)}
+        modules = [name.removesuffix(".weight") for name in self._places]
+        plain = tuple(name for name in modules if name.endswith(LINEARS) and not self.is_quantized(name))
+        scheme = replace(self.scheme, excluded=plain)
+        specs = {tensor.name: [tensor.spec] for tensor in stored(whole, scheme, self.dtype)}
         stages = stage_layers(self.decoder.layers, self.pp_size)
         for rank, parts in enumerate(self.layout()):
             for part in stored(parts, self.scheme, self.dtype):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import click
 
 from .. import availability, events, refs, runner
 from ..api import Setup
-from ..errors import MachineError
+from ..errors import MachineError, Rejected
+from ..fallback import Attempt, Budget, run_with_fallback
 from ..planning import STAGES, Plan
 from ..registry import Model
 from ..runner import Build, How
@@ -27,6 +31,7 @@ from .common import (
     verbose_option,
     yes_option,
 )
+from .judging import check_reason, conclude
 from .progress import Lines, reporter
 
 
@@ -109,7 +114,7 @@ def planned(setup: Setup, plan: Plan) -> list[dict[str, Any]]:
                 "status": "cached" if path else "blocked" if blocked else "to run",
                 "command": None,
                 "reason": reason,
-                "options": stage.options,
+                "options": {k: v for k, v in stage.options.items() if v not in (math.inf, -math.inf)},  # no limit
                 "path": str(path) if path else None,
             }
         )
@@ -126,7 +131,11 @@ def title(plan: Plan) -> str:
 @click.argument("references", nargs=-1, required=True, metavar="REF...", shell_complete=complete_ref)
 @click.option("--fetch", "may_fetch", is_flag=True, help="download what is missing (asks, unless -y)")
 @click.option("--until", type=click.Choice(STAGES[:-1]), help="stop after this stage")
-@click.option("--no-validate", is_flag=True, help="do not judge the engine")
+@click.option("--no-validate", is_flag=True, help="do not judge the engine: it stays unverified")
+@click.option("--accept", metavar="REASON", default="", help="publish it although it fails; the reason is kept")
+@click.option("--fallback", is_flag=True, help="after a rejection try what the precision offers next")
+@click.option("--max-builds", type=click.IntRange(min=1), default=4, show_default=True, help="of --fallback")
+@click.option("--max-minutes", type=click.FloatRange(min=0), default=120, show_default=True, help="of --fallback")
 @click.option("--force", is_flag=True, help="build again what is there already")
 @json_option
 @quiet_option
@@ -138,6 +147,10 @@ def build_command(
     may_fetch: bool,
     until: Any,
     no_validate: bool,
+    accept: str,
+    fallback: bool,
+    max_builds: int,
+    max_minutes: float,
     force: bool,
     as_json: bool,
     quiet: bool,
@@ -149,22 +162,37 @@ def build_command(
     """Build engines: resolve, calibrate, stage 1, stage 2, validate. What is there already is reused."""
     if until and no_validate:
         raise click.UsageError("--until stops before validation anyway\nleave out --no-validate")
-    how = How(until or STAGES[-1], not no_validate, force)
+    if (until or no_validate) and (accept or fallback):
+        raise click.UsageError("--accept and --fallback are about the validation\nlet it run")
+    check_reason(accept)
+    how = How(until or STAGES[-1], not no_validate, force, accept)
+    budget = Budget(max_builds if fallback else 0, max_minutes)
     plans = _plans(setup, references, choices, may_fetch, yes, quiet)
-    builds = []
+    builds: list[list[Attempt]] = []
     try:
         with reporter(quiet, verbose) as lines:
-            for plan in plans:
+            for text, plan in zip(references, plans, strict=True):
                 lines.say(title(plan))
-                builds.append(runner.run(plan, setup.store, how, lines))
-                _conclude(lines, builds[-1])
+                replan = partial(_replan, setup, text, choices)
+                builds.append(run_with_fallback(plan, setup.store, how, budget, replan, lines))
+                _conclude(lines, builds[-1][-1].build)
     finally:
         if as_json:
-            print_json({"schema": 1, "builds": [build.as_json() for build in builds]})
-    failures = [build.error for build in builds if build.error]
+            print_json({"schema": 1, "builds": [_as_json(attempts) for attempts in builds]})
+    failures = [attempts[-1].build.error for attempts in builds if attempts[-1].build.error]
     for failure in failures:
         report(failure)
     raise SystemExit(failures[0].exit_code if failures else 0)
+
+
+def _replan(setup: Setup, text: str, choices: dict[str, Any], more: Mapping[str, str]) -> Plan:
+    """The plan with more settings."""
+    return setup.plan(text, **{**choices, "settings": {**choices["settings"], **more}})
+
+
+def _as_json(attempts: Sequence[Attempt]) -> dict[str, Any]:
+    """The last build, and what was tried before it."""
+    return {**attempts[-1].build.as_json(), "attempts": [attempt.as_json() for attempt in attempts]}
 
 
 def _plans(
@@ -201,15 +229,15 @@ def _plan(setup: Setup, text: str, chosen: dict[str, Any], may_fetch: bool) -> P
 def _conclude(lines: Lines, build: Build) -> None:
     """The statistics of one build."""
     if build.error:
+        if isinstance(build.error, Rejected):
+            conclude(lines, build)
         return
     engine = build.path("stage2")
     peak = max((stage.peak_rss_bytes for stage in build.stages if stage.status == "run"), default=0)
     memory = f", peak memory {human_bytes(peak)}" if peak else ""
     verdict = {"not run": "not validated"}.get(build.report.verdict, f"validation: {build.report.verdict}")
     lines.say(f"  {build.status} in {build.seconds:.1f} s{memory}; {verdict}")
-    for check in build.report.checks:
-        if check.verdict == "warn":
-            lines.warn({"text": f"{check.name}: {check.note}"})
+    conclude(lines, build)
     if engine:
         lines.say(f"  {engine}")
         lines.say(f'  try: recipes run {build.plan.arguments} "What is the capital of France?"')

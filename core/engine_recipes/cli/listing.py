@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -151,7 +152,11 @@ def describe(setup: Setup, plan: Plan) -> dict[str, Any]:
     measures = plan.calibration.requires if plan.calibration else ()
     engine = availability.requirements(plan.engine, plan.target)
     requires = list(dict.fromkeys([*measures, *plan.precision.requires, *engine]))
-    settings = [{"key": s.key, "value": s.value, "origin": s.origin, "help": s.help} for s in plan.settings.values()]
+    settings = [
+        {"key": s.key, "value": s.value, "origin": s.origin, "help": s.help}
+        for s in plan.settings.values()
+        if s.value not in (math.inf, -math.inf)  # no limit
+    ]
     return {
         "ref": str(plan.ref),
         "target": plan.target,
@@ -217,7 +222,7 @@ def plugins_command(as_json: bool, setup: Setup) -> None:
         return
     for row in rows:
         click.echo(style(f"{row['package']} {row['version']}".strip(), bold=True) + f"  {row['path']}")
-        for kind in ("families", "calibrations", "precisions", "engines", "models"):
+        for kind in ("families", "calibrations", "precisions", "engines", "references", "metrics", "models"):
             if row[kind]:
                 click.echo(f"  {kind:<12} {', '.join(row[kind])}")
         for text in row["problems"]:

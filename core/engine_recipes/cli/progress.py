@@ -72,6 +72,11 @@ class Lines:
         if self.verbose:
             self.line(event, event["text"])
 
+    def fallback(self, event: Event) -> None:
+        """Another build, after a rejection."""
+        settings = " ".join(f"--set {key}={value}" for key, value in event["settings"].items())
+        self.say(f"  {style('rejected', fg='red')}: {event['reason']}\n  falling back to {settings}")
+
     def warn(self, event: Event) -> None:
         """What the user should see now."""
         if not self.quiet:

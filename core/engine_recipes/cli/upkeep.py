@@ -14,7 +14,15 @@ from ..api import Setup
 from ..errors import MachineError, RequestError, did_you_mean
 from ..space import human_bytes
 from ..store import Store, size_of
+from ..types import Report, Verdict
 from .common import confirm, json_option, place_options, print_json, print_table, yes_option
+
+_STATUS: dict[Verdict, str] = {
+    "not run": "unverified",
+    "fail": "rejected",
+    "warn": "verified, warnings",
+    "pass": "verified",
+}
 
 
 @click.command("engines")
@@ -49,15 +57,15 @@ def engines_command(as_json: bool, setup: Setup) -> None:
 
 
 def _row(store: Store, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    report = gate.read(folder)
-    verdict = report.verdict if report else "not run"
+    report = gate.read(folder) or Report()
     return {
         "name": folder.name,
         "ref": manifest.get("ref", ""),
         "target": manifest.get("target", ""),
         "set": manifest.get("set", {}),
-        "status": {"not run": "unverified", "fail": "rejected", "warn": "verified, warnings"}.get(verdict, "verified"),
-        "verdict": verdict,
+        "status": "accepted" if report.accepted else _STATUS[report.verdict],
+        "verdict": report.verdict,
+        "accepted": report.accepted or None,
         "published": store.is_published(folder),
         "bytes": size_of(folder),
         "created": manifest.get("created", ""),
@@ -80,23 +88,9 @@ def rm_command(name: str, yes: bool, setup: Setup) -> None:
         return
     if store.is_locked("engines", folder.name):
         raise MachineError(f"{folder.name} is being built or judged", "wait for that, or stop it")
-    if store.is_published(folder):
-        store.unlink(folder)
-        newest = _newest_passed(store, store.plain(folder), folder)
-        if newest:
-            store.link(newest)
+    gate.withdraw(store, folder)
     _remove(folder)
     click.echo(f"removed {folder}", err=True)
-
-
-def _newest_passed(store: Store, plain: Path, without: Path) -> Path | None:
-    """The newest other build of the same recipe that passed its validation."""
-    folder: Path
-    for folder, _ in reversed(store.artifacts("engines")):
-        report = gate.read(folder)
-        if store.plain(folder) == plain and folder != without and report and report.verdict in ("pass", "warn"):
-            return folder
-    return None
 
 
 def _remove(folder: Path) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,14 @@ class _Digests:
                     self.next_report = time.monotonic() + 0.5
                     events.progress(f"reading {path.name}", self.done, self.total, "B")
         return sha256.hexdigest()
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """sha256 over names and contents of files in order. Reads all of them."""
+    files = list(files)
+    digests = _Digests({}, sum(path.stat().st_size for path in files))
+    lines = [f"{path.name} {digests.digest(path)}" for path in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _stamp(path: Path) -> dict[str, Any]:

@@ -117,6 +117,25 @@ def read_texts(spec: str) -> Iterator[str]:
     return _read(locate(spec))
 
 
+def read_prompts_and_texts(spec: str) -> Iterator[str | Mapping[str, Any]]:
+    """As `read_texts`, but a line of a .jsonl file with a `prompt`, perhaps `answers`, and nothing else comes as it is.
+
+    Raises:
+        RequestError: as `read_texts`, but none if there is no text at all.
+        MachineError: as `read_texts`.
+    """
+    for path in locate(spec).files:
+        with _explained(path):
+            if _kind(path.name) != "jsonl":
+                yield from _pieces(_parts(path))
+                continue
+            for value, where in _json_values(path):
+                if isinstance(value, Mapping) and {"prompt"} <= value.keys() <= {"prompt", "answers"}:
+                    yield value
+                else:
+                    yield from _pieces((_text_of(value, where), None))
+
+
 def _read(texts: Texts) -> Iterator[str]:
     found = False
     for path in texts.files:
@@ -263,7 +282,7 @@ def _parts(path: Path) -> Iterator[str | None]:
                 yield other
         yield None
         return
-    for text in _parquet_texts(path) if kind == "parquet" else _json_texts(path):
+    for text in _parquet_texts(path) if kind == "parquet" else (_text_of(*line) for line in _json_values(path)):
         yield text
         yield None
 
@@ -310,7 +329,8 @@ def _decoded(path: Path) -> Iterator[str]:
                 raise _binary(path, f"byte {end - len(error.object) + error.start} is not UTF-8") from None
 
 
-def _json_texts(path: Path) -> Iterator[str]:
+def _json_values(path: Path) -> Iterator[tuple[Any, str]]:
+    """What each line that is not blank holds, and where it is, for errors."""
     size = 0
     longest = _LONGEST_PACKED_LINE if _split(path.name)[1] else _LONGEST_LINE
     with _open(path) as file:
@@ -332,7 +352,7 @@ def _json_texts(path: Path) -> Iterator[str]:
                 raise _binary(path, f"byte {error.start} of line {number} is not UTF-8") from None
             del line  # it may be large, and is not needed while the caller works
             if text:
-                yield _text_of(_json(text, where), where)
+                yield _json(text, where), where
 
 
 def _json(text: str, where: str) -> Any:

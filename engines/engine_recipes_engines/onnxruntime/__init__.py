@@ -49,6 +49,26 @@ def load_engine(folder: Path, options: Mapping[str, Any]) -> OnnxRuntime:
 
 
 @hookimpl
+def load_source(context: StageContext) -> OnnxRuntime:
+    """The unquantised source in float32: converted and lowered meanwhile, for machines without torch."""
+    from engine_recipes import checkpoint
+
+    from .genai import source_settings, write_config
+    from .lowering import lower
+    from .runtime import OnnxRuntime
+
+    converted, lowered = context.out / "checkpoint", context.out / "engine"
+    for folder in (converted, lowered):
+        folder.mkdir()
+    with checkpoint.open_source(context.input("hf-checkpoint")) as source:
+        checkpoint.convert(source, converted, dtype="float32")
+    with checkpoint.open_checkpoint(converted) as weights:
+        longest = lower(weights, lowered)
+        write_config(lowered, weights.decoder, "cpu", longest, source_settings(context))
+    return OnnxRuntime(lowered, {})
+
+
+@hookimpl
 def validate(context: StageContext) -> list[Check]:
     """Whether the engine loads, computes numbers, keeps its cache right and fits its tokenizer."""
     from .checks import judge

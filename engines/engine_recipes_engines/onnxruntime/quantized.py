@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
 from engine_recipes import RequestError
@@ -62,7 +61,7 @@ class QuantizedOps:
         Returns:
             False, with nothing added, if the weight is to be multiplied as it is.
         """
-        if not is_quantized(self._weights, name):
+        if not self._weights.is_quantized(name):
             return False
         add = {"FP8": self._fp8, "W4A16_AWQ": self._awq, "W8A16": self._int8, "W4A16": self._int4}
         add[self._weights.quantization["quant_algo"]](x, name, out)
@@ -233,19 +232,11 @@ def _unknown_variant(weights: Checkpoint) -> str:
     return "" if group in GROUPS else f"W4A16_AWQ in groups of {group} (known: {', '.join(map(str, GROUPS))})"
 
 
-def is_quantized(weights: Checkpoint, name: str) -> bool:
-    """Whether quant_algo is about this linear layer."""
-    if weights.quantization["quant_algo"] is None or not name.startswith("transformer.layers."):
-        return False
-    excluded = weights.quantization.get("exclude_modules") or ()
-    return not any(fnmatch(name, pattern) for pattern in excluded)
-
-
 def stored_bytes(weights: Checkpoint, tensor: str) -> int:
     """Bytes that a tensor of the checkpoint takes in the engine, with the scales that lowering adds."""
     dtype, shape = weights.info(tensor)
     name, _, kind = tensor.rpartition(".")
-    quantized = kind == "weight" and len(shape) == 2 and is_quantized(weights, name)
+    quantized = kind == "weight" and weights.is_quantized(name)
     bits = WEIGHT_ONLY.get(weights.quantization["quant_algo"], 0) if quantized else 0
     scale = itemsize("float32")
     if bits == 8:

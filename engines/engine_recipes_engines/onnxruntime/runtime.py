@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     Floats = np.ndarray[Any, np.dtype[np.float32]]
     Integers = np.ndarray[Any, np.dtype[np.int64]]
 
+_CODES = {"float32": 1, "float16": 10, "bfloat16": 16}  # of onnx.TensorProto
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}
-#: Tokens a run takes at most: attention scores need heads × CHUNK × cache × 4 bytes at once.
+#: Tokens a run takes at most, of all sequences: attention scores need heads × CHUNK × cache × 4 bytes at once.
 CHUNK = 512
 
 
 class OnnxRuntime:
-    """A loaded engine (see `engine_recipes.Runtime`). Each `generate` has a cache of its own.
+    """A loaded engine (see `engine_recipes.Runtime`). Each generation has a cache of its own.
 
     Args:
         folder: an engine that this package built.
@@ -65,25 +66,42 @@ class OnnxRuntime:
             RequestError: the prompt is empty, too long, or has ids outside the vocabulary.
         """
         self._check(prompt)
-        # the last token is never fed back, so it needs no room in the cache
-        most = min(sampling.max_tokens, self.max_seq_len - len(prompt) + 1)
-        return self._generate(prompt, sampling, stop, most)
+        return self._until(stop, self._steps([prompt], sampling))
 
-    def _generate(self, prompt: Sequence[int], sampling: Sampling, stop: frozenset[int], most: int) -> Iterator[int]:
-        import numpy as np
-
-        if most < 1:
-            return
-        random = np.random.default_rng(sampling.seed)
-        run = _Run(self, len(prompt) + most - 1)
-        logits = run.next_logits(prompt)
-        for left in reversed(range(most)):
-            token = choose(logits, sampling.temperature, random)
+    def _until(self, stop: frozenset[int], steps: Iterator[list[int]]) -> Iterator[int]:
+        for (token,) in steps:
             if token in stop:
                 return
             yield token
+
+    def generate_batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[int]]:
+        """Yield one new token id for each prompt, step by step: what `generate` gives for each of them alone.
+
+        Raises:
+            RequestError: as for `generate`, or there are no prompts, or of different lengths.
+        """
+        if len({len(prompt) for prompt in prompts}) != 1:
+            raise RequestError("a batch needs prompts of one length", "give at least one, and all as long as the first")
+        for prompt in prompts:
+            self._check(prompt)
+        return self._steps(prompts, sampling)
+
+    def _steps(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[int]]:
+        import numpy as np
+
+        length = len(prompts[0])
+        # the last token is never fed back, so it needs no room in the cache
+        most = min(sampling.max_tokens, self.max_seq_len - length + 1)
+        if most < 1:
+            return
+        randoms = [np.random.default_rng(sampling.seed) for _ in prompts]
+        run = _Run(self, length + most - 1, len(prompts))
+        rows = run.prefill(np.array(prompts, np.int64))
+        for left in reversed(range(most)):
+            tokens = [choose(row, sampling.temperature, random) for row, random in zip(rows, randoms, strict=True)]
+            yield tokens
             if left:
-                logits = run.next_logits([token])
+                rows = run.step(tokens)
 
     def logits(self, ids: Sequence[int]) -> Floats:
         """Next-token logits for every position, float32 [len(ids), vocabulary].
@@ -108,7 +126,7 @@ class OnnxRuntime:
         run = _Run(self, len(ids))
         found = np.empty((len(ids), self.vocab_size), np.float32)
         for start in range(0, len(ids), step):
-            run.feed(ids[start : start + step], found[start : start + step])
+            run.feed(np.array([ids[start : start + step]]), found[None, start : start + step])
         return found
 
     def close(self) -> None:
@@ -133,55 +151,83 @@ class OnnxRuntime:
 
 
 class _Run:
-    """One sequence: its cache, and bindings that are made once.
+    """Sequences of one length: their cache, and bindings that are made once.
 
-    GroupQueryAttention writes new keys and values into the buffer it reads the old ones from, because past and
-    present are bound to the same memory; nothing is copied from step to step.
+    Shapes: B sequences, S tokens each, or of some of both. GroupQueryAttention writes new keys and values into the
+    buffer it reads the old ones from, because past and present are bound to the same memory; nothing is copied from
+    step to step.
     """
 
-    def __init__(self, runtime: OnnxRuntime, length: int) -> None:
+    def __init__(self, runtime: OnnxRuntime, length: int, batch: int = 1) -> None:
         import numpy as np
 
         self._session = runtime._session
         self._binding = self._session.io_binding()
-        self._used = 0
-        self._mask = np.ones((1, length), np.int64)
-        self._last: Floats = np.empty((1, runtime.vocab_size), np.float32)
-        self._ids, self._out = np.empty((1, 0), np.int64), self._last
-        self._cache = []
-        shape = (1, runtime._heads, length, runtime._head_size)
-        for layer in range(runtime._layers):
-            for what in ("key", "value"):
-                buffer = _buffer(shape, runtime.compute, runtime._device)
-                self._cache.append(buffer)
-                self._binding.bind_ortvalue_input(f"past_key_values.{layer}.{what}", buffer)
-                self._binding.bind_ortvalue_output(f"present.{layer}.{what}", buffer)
+        self._device, self._code = runtime._device, _CODES[runtime.compute]
+        self._ones = np.ones(batch * length, np.int64)
+        self._last: Floats = np.empty((batch, 1, runtime.vocab_size), np.float32)
+        self._row = (runtime._heads, length, runtime._head_size)  # of a cache: one sequence
+        self._row_bytes = runtime._heads * length * runtime._head_size * (4 if runtime.compute == "float32" else 2)
+        self._cache = {
+            f"{layer}.{what}": _buffer((batch, *self._row), runtime.compute, self._device)
+            for layer in range(runtime._layers)
+            for what in ("key", "value")
+        }
+        self._take(slice(0, batch), 0)
 
-    def next_logits(self, ids: Sequence[int]) -> Floats:
-        """Feed tokens; logits after the last one, float32 [vocabulary]. Overwritten by the next call."""
-        for start in range(0, len(ids), CHUNK):
-            self.feed(ids[start : start + CHUNK], self._last)
-        last: Floats = self._last[0]
+    def prefill(self, ids: Integers) -> Floats:
+        """Feed prompts, int64 [B, S]; logits after the last tokens, float32 [B, vocabulary]. Overwritten by `step`."""
+        batch, length = ids.shape
+        # a prompt in pieces goes alone: GroupQueryAttention takes several new tokens after old ones for one sequence
+        group = max(1, CHUNK // length)
+        for row in range(0, batch, group):
+            rows = slice(row, min(row + group, batch))
+            self._take(rows, 0)
+            for start in range(0, length, CHUNK):
+                self.feed(ids[rows, start : start + CHUNK], self._last[rows])
+        self._take(slice(0, batch), length)
+        last: Floats = self._last[:, 0]
         return last
 
-    def feed(self, ids: Sequence[int], out: Floats) -> None:
-        """Run up to CHUNK tokens; `out` [L, vocabulary] gets the logits of the last L of them."""
-        if len(ids) != self._ids.shape[1] or out is not self._out:
-            self._bind(len(ids), out)
-        self._ids[0] = ids
-        self._used += len(ids)
-        self._input("attention_mask", self._mask[:, : self._used])
+    def step(self, tokens: Sequence[int]) -> Floats:
+        """Feed one token for each sequence; logits as from `prefill`."""
+        import numpy as np
+
+        self.feed(np.array(tokens)[:, None], self._last)
+        last: Floats = self._last[:, 0]
+        return last
+
+    def feed(self, ids: Integers, out: Floats) -> None:
+        """Run int64 [B, S] at once; `out`, float32 [B, L, vocabulary], gets the logits of the last L tokens."""
+        if ids.shape != self._ids.shape or out is not self._out:
+            self._bind(ids.shape, out)
+        self._ids[:] = ids
+        self._used += ids.shape[1]
+        # all tokens count, so a piece of one array of ones is the mask, whatever its shape
+        self._input("attention_mask", self._ones[: len(ids) * self._used].reshape(len(ids), -1))
         self._session.run_with_iobinding(self._binding)
 
-    def _bind(self, count: int, out: Floats) -> None:
+    def _take(self, rows: slice, used: int) -> None:
+        """From now on work on these sequences, whose caches hold `used` tokens."""
+        import numpy as np
+
+        self._used = used
+        self._ids, self._out = np.empty((0, 0), np.int64), self._last
+        shape = (rows.stop - rows.start, *self._row)
+        for name, buffer in self._cache.items():
+            place = (self._device, 0, self._code, shape, buffer.data_ptr() + rows.start * self._row_bytes)
+            self._binding.bind_input(f"past_key_values.{name}", *place)
+            self._binding.bind_output(f"present.{name}", *place)
+
+    def _bind(self, shape: tuple[int, ...], out: Floats) -> None:
         """Bind what stays the same while steps of one size follow each other."""
         import numpy as np
 
-        self._ids, self._out = np.empty((1, count), np.int64), out
-        self._first = np.array([-len(out)], np.int64)
+        self._ids, self._out = np.empty(shape, np.int64), out
+        self._first = np.array([-out.shape[1]], np.int64)
         self._input("input_ids", self._ids)
         self._input("first_logit", self._first)
-        self._binding.bind_output("logits", "cpu", 0, np.float32, (1, *out.shape), out.ctypes.data)
+        self._binding.bind_output("logits", "cpu", 0, np.float32, out.shape, out.ctypes.data)
 
     def _input(self, name: str, array: Integers) -> None:
         # by address: bind_cpu_input copies in some versions, and knows no optional inputs
@@ -230,8 +276,7 @@ def _buffer(shape: tuple[int, ...], dtype: str, device: str) -> Any:
     if device == "cpu" and dtype != "bfloat16":  # which numpy does not know
         # np.zeros is lazy: memory is used as far as the cache is filled
         return OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
-    codes = {"float32": 1, "float16": 10, "bfloat16": 16}  # of onnx.TensorProto
-    return OrtValue.ortvalue_from_shape_and_type(shape, codes[dtype], device, 0)
+    return OrtValue.ortvalue_from_shape_and_type(shape, _CODES[dtype], device, 0)
 
 
 def spin_microseconds() -> int:

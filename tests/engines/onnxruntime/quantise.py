@@ -6,7 +6,7 @@ Written in torch from the format's description; nothing of the code under test i
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,12 @@ def change(model: Any, of: Callable[[str], Callable[[Tensor], Tensor] | None]) -
 
 
 def quantise(
-    folder: Path, ranges: Ranges, algorithm: str | None = None, cache: str | None = None, group: int = 32
+    folder: Path,
+    ranges: Ranges,
+    algorithm: str | None = None,
+    cache: str | None = None,
+    group: int = 32,
+    excluded: Collection[str] = (),
 ) -> None:
     """Rewrite an unsplit checkpoint in place.
 
@@ -80,16 +85,19 @@ def quantise(
         algorithm: FP8 or W4A16_AWQ; of another, only the name is written.
         cache: FP8 or INT8.
         group: of AWQ.
+        excluded: linear layers that stay as they are, `transformer.layers.0.mlp.proj`.
     """
     config = json.loads((folder / "config.json").read_text())
     config["quantization"] |= {"quant_algo": algorithm, "kv_cache_quant_algo": cache, "group_size": group}
+    if excluded:
+        config["quantization"]["exclude_modules"] = ["lm_head", *excluded]
     (folder / "config.json").write_text(json.dumps(config))
     tensors = load_file(folder / "rank0.safetensors")
     for number in range(config["num_hidden_layers"]):
         at = f"transformer.layers.{number}."
         for name in LINEARS:
             make = {"FP8": _fp8, "W4A16_AWQ": partial(_awq, group=group)}.get(algorithm or "")
-            if make:
+            if make and at + name not in excluded:
                 tensors |= {
                     f"{at}{name}.{key}": t for key, t in make(tensors[f"{at}{name}.weight"], ranges[at + name]).items()
                 }
@@ -162,9 +170,9 @@ def reference(hf: Path, folder: Path) -> Any:
 def dequantised(tensors: dict[str, Tensor], name: str, algorithm: str | None) -> Tensor:
     """float32 [out, in]"""
     weight, scale = tensors[f"{name}.weight"], tensors.get(f"{name}.weights_scaling_factor")
-    if algorithm == "FP8":
+    if scale is not None and algorithm == "FP8":
         return weight.float() * scale
-    if algorithm == "W4A16_AWQ":
+    if scale is not None and algorithm == "W4A16_AWQ":
         low, high = (weight << 4) >> 4, weight >> 4  # arithmetic shifts of int8 keep the sign
         whole = torch.stack([low, high], 1).flatten(0, 1).float()  # [out, in]
         return whole * scale.repeat_interleave(whole.shape[1] // scale.shape[1], 1)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,13 +77,15 @@ def make(
     cache: str | None = None,
     tightness: float = 1.0,
     target: str = "cpu",
+    excluded: Collection[str] = (),
 ) -> Made:
     """`tightness`: calibrated ranges are divided by it, above 1 values saturate."""
+    work.mkdir(exist_ok=True)
     hf = lowered.write_lively(work / "hf", arch, **changes)
     stage2 = lowered.context(hf, work, dtype="float16", tp_size=1, pp_size=1, target=target)
     ranges = quantise.calibrate(quantise.load(hf), IDS)
     tight = {name: value / tightness for name, value in ranges.items()}
-    quantise.quantise(stage2.inputs[0].path, tight, algorithm, cache)
+    quantise.quantise(stage2.inputs[0].path, tight, algorithm, cache, excluded=excluded)
     return Made(hf, stage2)
 
 
@@ -273,6 +276,32 @@ def test_excluded_layers_stay_as_they_are(tmp_path: Path) -> None:
     config["quantization"]["exclude_modules"] = ["lm_head", "*.mlp.*", "*attention.dense", "*attention.qkv"]
     path.write_text(json.dumps(config))
     np.testing.assert_allclose(made.lower().logits(IDS), lowered.reference(made.hf, IDS), atol=1e-3)
+
+
+LAYERS = "transformer.layers."
+EXCLUDED = [
+    [f"{LAYERS}{layer}.{linear}" for layer, linear in ((0, "attention.qkv"), (1, "mlp.fc"), (1, "mlp.gate"))],
+    [f"{LAYERS}0.attention.dense", f"{LAYERS}2.mlp.proj"],
+    [f"{LAYERS}1.mlp.gate"],  # half of what reads one input
+    [f"{LAYERS}{layer}.mlp.fc" for layer in range(3)],
+]
+
+
+@pytest.mark.parametrize("excluded", EXCLUDED)
+@pytest.mark.parametrize(("arch", "algorithm", "cache"), [("qwen2", "FP8", "FP8"), ("llama", "W4A16_AWQ", None)])
+def test_some_layers_are_multiplied_as_they_are_among_quantised_ones(
+    tmp_path: Path, arch: str, algorithm: str, cache: str | None, excluded: list[str]
+) -> None:
+    made = make(tmp_path / "some", arch, AWQ, algorithm, cache, excluded=excluded)
+    every = make(tmp_path / "every", arch, AWQ, algorithm, cache)
+    assert rms(made.reference() - every.reference()) > 0.01
+    runtime = made.lower()
+    if cache:
+        assert_rounded_alike(runtime.logits(IDS), made)
+    else:
+        np.testing.assert_allclose(runtime.logits(IDS), made.reference(), atol=1e-4)
+    check = checks(made.stage2.out)
+    assert check["cache agrees with prefill"].verdict == "pass"
 
 
 def checks(folder: Path) -> dict[str, Check]:

@@ -98,6 +98,29 @@ def test_long_prompts_are_taken_in_pieces(runtime: OnnxRuntime, monkeypatch: pyt
     assert list(runtime.generate(IDS, Sampling(6))) == tokens
 
 
+BATCH = np.random.default_rng(5).integers(0, 250, (4, 30)).tolist()
+
+
+@pytest.mark.parametrize("chunk", [512, 70, 21])
+@pytest.mark.parametrize("sampling", [Sampling(12), Sampling(12, 1.5, seed=3)])
+def test_a_batch_gives_what_each_prompt_gives_alone(
+    runtime: OnnxRuntime, monkeypatch: pytest.MonkeyPatch, chunk: int, sampling: Sampling
+) -> None:
+    alone = [list(runtime.generate(prompt, sampling)) for prompt in BATCH]
+    assert len({tuple(tokens) for tokens in alone}) == 4
+    monkeypatch.setattr(module, "CHUNK", chunk)  # all prompts in one run, two at a time, and in pieces
+    steps = list(runtime.generate_batch(BATCH, sampling))
+    assert [list(tokens) for tokens in zip(*steps, strict=True)] == alone
+
+
+def test_a_batch_of_different_lengths_is_refused(runtime: OnnxRuntime) -> None:
+    for prompts in ([[1, 2], [3]], []):
+        with pytest.raises(RequestError, match="a batch needs prompts of one length"):
+            runtime.generate_batch(prompts, Sampling(1))
+    with pytest.raises(RequestError, match="token ids from 1 to 256"):
+        runtime.generate_batch([[1, 2], [1, 256]], Sampling(1))
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [

@@ -1,0 +1,116 @@
+"""Judging what lies in a folder already: an engine, also one that was carried here, or a TensorRT-LLM checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import refs
+from .api import Setup
+from .errors import Rejected, RequestError, StageFailed
+from .planning import Plan
+from .registry import Precision
+from .sources.folder import digest_of
+from .store import MANIFEST, is_whole, read_manifest
+from .types import TRTLLM_CHECKPOINT, Artifact, Ref, StageName
+
+CONFIG, RANK0 = "config.json", "rank0.safetensors"
+
+
+def plan_for(setup: Setup, text: str, source: str | None, choices: Mapping[str, Any]) -> Plan:
+    """The plan that judges an engine, given as a reference or a folder, or a checkpoint in a folder.
+
+    Args:
+        text: a reference whose engine is built, or a folder.
+        source: what the folder claims to be, `MODEL[:PRECISION]`; needed where no manifest says it.
+        choices: `engine`, `target` and `settings`, as for `Setup.plan`.
+
+    Raises:
+        RequestError: the folder holds neither, or nothing says what it was made from.
+        MachineError: the reference is not built, or something that judging needs is missing.
+        Rejected: the checkpoint is malformed.
+    """
+    folder = Path(text).expanduser()
+    if (folder / MANIFEST).is_file() and (read_manifest(folder) or {}).get("stage") == "stage2":
+        return _plan_engine(setup, folder.resolve(), source, choices)
+    if (folder / RANK0).is_file() and (folder / CONFIG).is_file():
+        return _plan_checkpoint(setup, folder.resolve(), source, choices)
+    if folder.is_dir() and (refs.is_folder(text) or "/" in text) and not (folder / CONFIG).is_file():
+        raise RequestError(
+            f"{text} holds no engine of ours and no TensorRT-LLM checkpoint",
+            f"an engine has {MANIFEST}, a checkpoint {CONFIG} and {RANK0}",
+        )
+    if source:
+        raise RequestError("--source says what a folder was made from, and this is a reference", "leave it out")
+    built = setup.engine(setup.plan(text, **choices))
+    return _plan_engine(setup, built, None, choices)
+
+
+def _plan_engine(setup: Setup, folder: Path, source: str | None, choices: Mapping[str, Any]) -> Plan:
+    manifest = read_manifest(folder) or {}
+    if not is_whole(folder, manifest):
+        raise RequestError(f"{folder} is damaged: files are missing or cut short", "build or copy the engine again")
+    made_as = refs.parse(str(manifest.get("ref")))
+    claimed = setup.registry.expand(refs.parse(source)) if source else made_as
+    ref = Ref(claimed.model, claimed.precision or made_as.precision, made_as.engine)
+    given = {key: _spell(value) for key, value in manifest.get("set", {}).items()}
+    ready: dict[StageName, Artifact] = {"stage2": Artifact(str(manifest.get("kind")), folder, str(manifest.get("key")))}
+    ready |= _inputs(setup, ref, manifest)
+    return setup.plan(
+        str(ref), target=manifest.get("target"), settings={**given, **(choices["settings"] or {})}, ready=ready
+    )
+
+
+def _inputs(setup: Setup, ref: Ref, manifest: Mapping[str, Any]) -> dict[StageName, Artifact]:
+    """What the engine was made from, as far as it is still there."""
+    precision = setup.registry.precisions[ref.precision or setup.registry.defaults.precision]
+    calibration = setup.registry.calibration_of(precision)
+    stages: dict[str, StageName] = {precision.gives: "stage1"}
+    if calibration:
+        stages[calibration.gives] = "calibrate"
+    found: dict[StageName, Artifact] = {}
+    for given in manifest.get("inputs", []):
+        path = Path(given["path"])
+        if given["kind"] in stages and read_manifest(path):
+            found[stages[given["kind"]]] = Artifact(given["kind"], path, given["key"])
+    return found
+
+
+def _plan_checkpoint(setup: Setup, folder: Path, source: str | None, choices: Mapping[str, Any]) -> Plan:
+    from .checkpoint import verify
+    from .checkpoint.source import read_json
+
+    manifest = read_manifest(folder) or {}
+    claimed = source or manifest.get("ref")
+    if not claimed:
+        raise RequestError(
+            f"nothing in {folder} says which model it was made from", "name it: --source MODEL[:PRECISION]"
+        )
+    ref = setup.registry.expand(refs.parse(claimed))
+    try:
+        verify(folder, contents=False)
+    except StageFailed as error:
+        raise Rejected(error.message, error.hint) from None
+    config = read_json(folder / CONFIG)
+    algorithm = (config.get("quantization") or {}).get("quant_algo") or ""
+    precision = setup.registry.precisions[ref.precision] if ref.precision else _precision(setup, algorithm)
+    key = str(manifest.get("key") or digest_of(sorted([folder / CONFIG, *folder.glob("rank*.safetensors")])))
+    ready: dict[StageName, Artifact] = {"stage1": Artifact(TRTLLM_CHECKPOINT, folder, key)}
+    plan = setup.plan(str(Ref(ref.model, precision.name, ref.engine)), ready=ready, **choices)
+    return plan
+
+
+def _precision(setup: Setup, algorithm: str) -> Precision:
+    """The first precision whose checkpoints are of this algorithm; of unquantised ones the default, if it is one."""
+    entries = setup.registry.precisions.entries
+    default = entries.get(setup.registry.defaults.precision)
+    found = [entry for entry in (default, *entries.values()) if entry and entry.algorithm == algorithm]
+    if not found:
+        raise RequestError(f"no precision here makes {algorithm} checkpoints", "name one: --source MODEL:PRECISION")
+    return found[0]
+
+
+def _spell(value: Any) -> str:
+    """An option's value as `--set` has it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

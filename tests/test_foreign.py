@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lowered
+from conftest import Recipes
+from engine_recipes import testing
+
+FAST = ("--set", "gate.reference=onnxruntime", "--set", "gate.window=32", "--set", "gate.max_tokens=8")
+
+
+@pytest.fixture
+def model(own_world: Path) -> Path:
+    """A tiny Llama with a tokenizer, in the current folder."""
+    return testing.write_tokenizer(lowered.write_lively(own_world / "here" / "model"))
+
+
+@pytest.fixture
+def checkpoint(model: Path, recipes: Recipes, tmp_path: Path) -> Path:
+    """A TensorRT-LLM checkpoint of that model as somebody else would leave it: no manifest."""
+    (build,) = recipes("build", "./model:bf16", "--until", "stage1", "--json").json["builds"]
+    folder = Path(shutil.copytree(build["checkpoint_dir"], tmp_path / "theirs"))
+    (folder / "manifest.json").unlink()
+    return folder
+
+
+def failed(build: dict[str, Any]) -> set[str]:
+    return {check["name"] for check in build["validation"]["checks"] if check["verdict"] == "fail"}
+
+
+def test_a_checkpoint_made_elsewhere_is_lowered_and_judged(model: Path, recipes: Recipes, checkpoint: Path) -> None:
+    ran = recipes("validate", checkpoint, "--source", "./model", *FAST, "--json")
+    assert ran.code == 0, ran.err
+    (build,) = ran.json["builds"]
+    assert build["ref"] == "./model:fp16@onnxruntime"  # unquantised, so the default precision's limits
+    assert build["checkpoint_dir"] == str(checkpoint)
+    assert build["validation"]["metrics"]["mean_kl"] < 1e-3
+    assert build["validation"]["metrics"]["weight_rounding"] == 0
+    statuses = {stage["name"]: stage["status"] for stage in build["stages"]}
+    assert statuses == {"resolve": "cached", "stage1": "cached", "stage2": "run", "baseline": "run", "validate": "run"}
+    again = recipes("validate", checkpoint, "--source", "./model", *FAST, "--json").json["builds"][0]
+    assert {stage["status"] for stage in again["stages"]} == {"cached"}
+    assert not (checkpoint / "validation.json").exists()
+
+
+def test_a_checkpoint_with_another_rope_base_is_rejected_whatever_it_says(
+    model: Path, recipes: Recipes, checkpoint: Path
+) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "rotary_base": 20000.0}))
+    ran = recipes("validate", checkpoint, "--source", "./model:bf16", *FAST, "--json")
+    assert ran.code == 5
+    assert "settings equal the source's" in failed(ran.json["builds"][0])
+    assert "rope" in ran.error[1]
+
+
+def test_a_malformed_checkpoint_is_rejected_before_anything_runs(
+    model: Path, recipes: Recipes, checkpoint: Path
+) -> None:
+    weights = checkpoint / "rank0.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    ran = recipes("validate", checkpoint, "--source", "./model")
+    assert ran.code == 5
+    assert "rank0.safetensors" in ran.error[0]
+
+
+def test_a_checkpoint_of_another_algorithm_needs_a_precision_that_makes_it(
+    model: Path, recipes: Recipes, checkpoint: Path
+) -> None:
+    assert "--source MODEL" in recipes("validate", checkpoint).error[1]
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization"]["quant_algo"] = "NVFP4"
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    ran = recipes("validate", checkpoint, "--source", "./model")
+    assert ran.code in (2, 5)
+    assert "NVFP4" in ran.error[0]
+
+
+def test_our_own_checkpoint_says_itself_what_it_was_made_from(model: Path, recipes: Recipes) -> None:
+    (built,) = recipes("build", "./model:bf16", "--until", "stage1", "--json").json["builds"]
+    (build,) = recipes("validate", built["checkpoint_dir"], *FAST, "--json").json["builds"]
+    assert build["ref"] == "./model:bf16@onnxruntime"
+    assert build["validation"]["verdict"] == "pass"
