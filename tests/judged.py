@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,20 +26,41 @@ from precisions import calibrating
 #: Large enough for groups of 64.
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 128, "head_dim": 32}
 SIZES = {"window": 96, "max_tokens": 16}
+KINDS = {"checkpoint": "trtllm-checkpoint", "calibration": "calibration", "source": "hf-checkpoint"}
 Spoil = Callable[[Path], None]
 
 
 @dataclass(frozen=True)
 class Made:
-    """A tiny source and what was made from it; `precision` is a name of the registry."""
+    """A source and what was made from it, in folders of these names: source, calibration, checkpoint, baseline.
+
+    Attributes:
+        precision: a name of the registry.
+        sizes: window and max_tokens of the baseline.
+    """
 
     folder: Path
     precision: str
-    kv: str
+    sizes: Mapping[str, int]
 
-    def path(self, kind: str) -> Path:
-        """One of source, calibration, checkpoint, baseline."""
-        return self.folder / kind
+    def path(self, name: str) -> Path:
+        """One of the folders."""
+        return self.folder / name
+
+    @property
+    def artifacts(self) -> tuple[Artifact, ...]:
+        """What there is, as hooks get it."""
+        return tuple(Artifact(kind, self.path(name), name) for name, kind in KINDS.items() if self.path(name).exists())
+
+
+def from_build(folder: Path, build: Mapping[str, Any], sizes: Mapping[str, int]) -> Made:
+    """What a build of `build --json` left, linked together in a new folder."""
+    names = {"resolve": "source", "calibrate": "calibration", "stage1": "checkpoint", "baseline": "baseline"}
+    folder.mkdir(parents=True)
+    for stage in build["stages"]:
+        if stage["name"] in names:
+            (folder / names[stage["name"]]).symlink_to(stage["path"])
+    return Made(folder, build["precision"], sizes)
 
 
 def make(folder: Path, monkeypatch: Any, arch: str, precision: str, kv: str = "none", seed: int = 0) -> Made:
@@ -52,7 +73,7 @@ def make(folder: Path, monkeypatch: Any, arch: str, precision: str, kv: str = "n
         kv: none, fp8 or int8.
         seed: of the weights.
     """
-    made = Made(folder, precision, kv)
+    made = Made(folder, precision, SIZES)
     settings = tiny.config(arch, **SHAPE)
     arrays = tiny.tensors(settings, seed)
     random = np.random.default_rng(seed)
@@ -77,49 +98,51 @@ def make(folder: Path, monkeypatch: Any, arch: str, precision: str, kv: str = "n
     return made
 
 
-def _artifacts(made: Made) -> tuple[Artifact, ...]:
-    kinds = {"checkpoint": "trtllm-checkpoint", "calibration": "calibration", "source": "hf-checkpoint"}
-    return tuple(Artifact(kind, made.path(name), name) for name, kind in kinds.items() if made.path(name).exists())
-
-
 def _context(made: Made, stage: Any, out: Path, *inputs: Artifact) -> StageContext:
-    options: dict[str, Any] = {**SIZES, "texts": measuring.BUILTIN, "max_seq_len": 0}
-    return StageContext(f"tiny:{made.precision}@onnxruntime", stage, options, inputs, out)
+    options: dict[str, Any] = {**made.sizes, "texts": measuring.BUILTIN, "max_seq_len": 0}
+    return StageContext(f"m:{made.precision}@onnxruntime", stage, options, inputs, out)
 
 
 def _record(made: Made) -> None:
     scratch = made.folder / "scratch"
     for folder in (made.path("baseline"), scratch):
         folder.mkdir()
-    context = _context(made, "baseline", scratch, *_artifacts(made))
+    context = _context(made, "baseline", scratch, *made.artifacts)
     runtime = engine.load_source(context)
-    tokenizer = Tokenizer.load(made.path("source"))
-    baseline.record(
-        made.path("baseline"), runtime, tokenizer, measuring.material(context), **SIZES, about={"reference": "test"}
-    )
+    tokenizer, material = Tokenizer.load(made.path("source")), measuring.material(context)
+    baseline.record(made.path("baseline"), runtime, tokenizer, material, **SIZES, about={"reference": "test"})
     runtime.close()
     shutil.rmtree(scratch)
 
 
-def judge(
-    made: Made, folder: Path, spoil: Spoil | None = None, spoil_engine: Spoil | None = None, small: bool = True
-) -> Report:
+def judge(made: Made, folder: Path, spoil: Spoil | None = None, spoil_engine: Spoil | None = None) -> Report:
     """Copy the checkpoint, spoil it, compile it, spoil the engine, and judge as `recipes validate` does.
 
     Args:
         folder: a new one.
+
+    Raises:
+        RequestError: what was made of the checkpoint is refused before anything is run.
     """
-    copy = Made(folder, made.precision, made.kv)
-    shutil.copytree(made.folder, folder)
+    copy = Made(folder, made.precision, made.sizes)
+    folder.mkdir()
+    for name in ("source", "calibration", "baseline"):
+        if made.path(name).exists():
+            copy.path(name).symlink_to(made.path(name).resolve())
+    shutil.copytree(made.path("checkpoint"), copy.path("checkpoint"))
     if spoil:
         spoil(copy.path("checkpoint"))
-    out = folder / "engine"
+    out = copy.path("engine")
     out.mkdir()
-    stage2 = _context(copy, "stage2", out, *_artifacts(copy))
-    engine.stage2(stage2)
-    copy_tokenizer(copy.path("source"), out)
+    engine.stage2(_context(copy, "stage2", out, *copy.artifacts))
+    with checkpoint.open_source(copy.path("source")) as source:
+        copy_tokenizer(source.folder, out)
     if spoil_engine:
         spoil_engine(out)
+    return _judged(copy)
+
+
+def _judged(made: Made) -> Report:
     registry = load()
     precision = registry.precisions[made.precision]
     providers = [
@@ -127,16 +150,15 @@ def judge(
         provider("precision", precision),
         provider("engine", registry.engines["onnxruntime"]),
     ]
-    inputs = (Artifact("onnxruntime-engine", out, "e"), *_artifacts(copy), Artifact("baseline", copy.path("baseline"), "b"))
+    first, last = (Artifact(kind, made.path(kind), kind) for kind in ("engine", "baseline"))
+    context = _context(made, "validate", made.folder, first, *made.artifacts, last)
     claims = {"algorithm": precision.algorithm, "bits": precision.bits, "not_compared": ""}
-    findings = measuring.measure(Host(providers), providers, _context(copy, "validate", folder, *inputs), claims)
-    chosen = {name: option.default for name, option in limits.options(registry, precision, 1_000_000 if small else 0).items()}
-    return gate.judge(findings, limits.bounds(registry, chosen))
+    findings = measuring.measure(Host(providers), providers, context, claims)
+    options = limits.options(registry, precision, parameters=1_000_000)
+    return gate.judge(findings, limits.bounds(registry, {name: option.default for name, option in options.items()}))
 
 
 def said(report: Report) -> str:
     """What a report found wrong, for a message of a failing test."""
     bad = [c for c in report.checks if c.verdict != "pass"]
     return json.dumps([[c.name, c.verdict, c.value, c.limit, c.note] for c in bad], default=str)
-
-

@@ -150,14 +150,16 @@ def _newest(store: Store, there: Mapping[Path, Any]) -> list[Path]:
 
 
 def _built(store: Store, folder: Path, manifest: Mapping[str, Any]) -> Built:
+    report = gate.read(folder) or Report()
+    judging = {"validate": report.seconds} if report.seconds else {}
     return Built(
         folder=folder,
         manifest=manifest,
         ref=_ref(str(manifest.get("ref"))),
-        report=gate.read(folder) or Report(),
+        report=report,
         published=store.is_published(folder),
         bytes=size_of(folder),
-        stages=_stages(manifest),
+        stages={**_stages(manifest), **judging},
         benches=bench.read(folder),
     )
 

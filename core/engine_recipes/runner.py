@@ -324,7 +324,8 @@ class _Walk:
         except RecipesError:
             self.results.append(StageResult("validate", "failed", time.monotonic() - started, stage.key, engine))
             raise
-        seconds, found = time.monotonic() - started, Findings.from_json(answer.value)
+        seconds = time.monotonic() - started
+        found = replace(Findings.from_json(answer.value), seconds=round(seconds, 3))
         self.results.append(
             StageResult("validate", "run", seconds, stage.key, engine, peak_rss_bytes=answer.peak_rss_bytes)
         )

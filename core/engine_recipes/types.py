@@ -154,12 +154,14 @@ class Findings:
         samples: prompts and what was said: `prompt`, `text`, and `source`, the unquantised model's text.
         layers: linear layer, as TensorRT-LLM names it (`transformer.layers.0.mlp.proj`) -> relative error of its
             weights.
+        seconds: that looking took.
     """
 
     measures: tuple[Measure, ...] = ()
     checks: tuple[Check, ...] = ()
     samples: tuple[Mapping[str, str], ...] = ()
     layers: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
 
     def __add__(self, other: Findings) -> Findings:
         return Findings(
@@ -167,6 +169,7 @@ class Findings:
             self.checks + other.checks,
             self.samples + other.samples,
             {**self.layers, **other.layers},
+            self.seconds + other.seconds,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -176,6 +179,7 @@ class Findings:
             "checks": [_spelled(vars(check)) for check in self.checks],
             "samples": [dict(sample) for sample in self.samples],
             "layers": _spelled(self.layers),
+            "seconds": self.seconds,
         }
 
     @classmethod
@@ -186,6 +190,7 @@ class Findings:
             tuple(Check(**_read_numbers(check)) for check in data["checks"]),
             tuple(data["samples"]),
             {name: float(value) for name, value in data["layers"].items()},
+            float(data.get("seconds", 0)),
         )
 
 
@@ -205,7 +210,8 @@ def _number(value: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Report:
-    """The judgement of one engine. `layers` as in Findings; `accepted` is why it is used although it failed."""
+    """The judgement of one engine. `layers` and `seconds` as in Findings; `accepted` is why it is used although it
+    failed."""
 
     verdict: Verdict = "not run"
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -213,6 +219,7 @@ class Report:
     samples: tuple[Mapping[str, str], ...] = ()
     layers: Mapping[str, float] = field(default_factory=dict)
     accepted: str = ""
+    seconds: float = 0.0
 
     @property
     def failed(self) -> frozenset[str]:

@@ -51,7 +51,7 @@ def test_the_most_exact_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(reference, "_free_memory", lambda: 10 << 30)
     assert reference.place(1_000_000_000, "bfloat16") == ("cpu", "float32")
     assert reference.place(3_000_000_000, "bfloat16") == ("cpu", "bfloat16")
-    with pytest.raises(MachineError, match="7.0 billion parameters"):
+    with pytest.raises(MachineError, match=r"7\.0 billion parameters"):
         reference.place(7_000_000_000, "bfloat16")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 << 30, 80 << 30))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,9 +77,14 @@ def table(checks: Sequence[Check]) -> list[str]:
 
 def _line(check: Check, width: int) -> str:
     verdict = style(f"{check.verdict:<5}", fg=_COLOURS.get(check.verdict))
-    value = "" if check.value is None else f"{check.value:.4g}"
-    limit = "" if check.limit is None else f"limit {check.limit:.4g}"
+    value = "" if check.value is None else _number(check.value)
+    limit = "" if check.limit is None else f"limit {_number(check.limit)}"
     return f"{verdict} {check.name:<{width}}  {value:>9}  {limit:<13}  {check.note}".rstrip()
+
+
+def _number(value: float) -> str:
+    """Four digits, whole numbers whole."""
+    return str(int(value)) if math.isfinite(value) and value == int(value) and abs(value) < 1e9 else f"{value:.4g}"
 
 
 def conclude(lines: Lines, build: Build) -> None:

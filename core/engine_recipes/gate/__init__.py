@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +41,34 @@ class Bound:
                 return ("fail" if verdict == "fail" else "warn"), limit
         return "pass", self.warn if self.warn is not None else self.fail
 
+    def beside(self, base: float | None) -> Bound:
+        """The same where the source itself is over the limit: who does as the source does is good, and who is worse
+        than it by as much as lies between the limits fails."""
+        first = self.warn if self.warn is not None else self.fail
+        if base is None or first is None or not math.isfinite(base) or self.verdict(base)[0] == "pass":
+            return self
+        shift = base - first
+        return replace(
+            self,
+            warn=None if self.warn is None else base,
+            fail=None if self.fail is None else self.fail + shift,
+            help=f"{self.help}; the source's own is {base:.3g}",
+        )
+
 
 def judge(findings: Findings, bounds: Mapping[str, Bound], accepted: str = "") -> Report:
     """Limits on measures, and the worst verdict of all checks that ran; `not run` if none did.
 
     Args:
-        bounds: by metric. A measure without one is reported and not judged.
+        bounds: by metric. A measure that has no limit is reported and not judged.
         accepted: why a failure is let pass, if it is.
     """
-    judged = [_judged(measure, bounds[measure.name]) for measure in findings.measures if measure.name in bounds]
+    limited = {name: bound for name, bound in bounds.items() if (bound.warn, bound.fail) != (None, None)}
+    judged = [_judged(measure, limited[measure.name]) for measure in findings.measures if measure.name in limited]
     checks = (*judged, *findings.checks)
     metrics = {measure.name: measure.value for measure in findings.measures}
-    return Report(
-        worst(check.verdict for check in checks), metrics, checks, findings.samples, findings.layers, accepted
-    )
+    verdict = worst(check.verdict for check in checks)
+    return Report(verdict, metrics, checks, findings.samples, findings.layers, accepted, findings.seconds)
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
@@ -64,12 +78,9 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 def _judged(measure: Measure, bound: Bound) -> Check:
+    bound = bound.beside(measure.base)
     verdict, limit = bound.verdict(measure.value)
-    note = measure.note or bound.help
-    base = measure.base
-    if verdict != "pass" and base is not None and math.isfinite(base) and bound.verdict(base)[0] != "pass":
-        return Check(measure.name, "pass", measure.value, limit, f"{note}; the source's own is {base:.3g}")
-    return Check(measure.name, verdict, measure.value, limit, note)
+    return Check(measure.name, verdict, measure.value, limit, measure.note or bound.help)
 
 
 def write(engine: Path, key: str, findings: Findings, report: Report) -> None:
@@ -93,9 +104,9 @@ def read(engine: Path) -> Report | None:
     try:
         findings = Findings.from_json(data["findings"])
         checks = tuple(Check(**check) for check in data["checks"])
-        return Report(
-            data["verdict"], data["metrics"], checks, findings.samples, findings.layers, data["accepted"] or ""
-        )
+        metrics = {measure.name: measure.value for measure in findings.measures}
+        known = findings.samples, findings.layers, data["accepted"] or "", findings.seconds
+        return Report(data["verdict"], metrics, checks, *known)
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
 

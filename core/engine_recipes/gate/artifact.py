@@ -29,6 +29,7 @@ _SETTINGS = (
 _READABLE = "checkpoint can be read"
 #: How the linear layers of an algorithm are stored; those of the rest are stored plain.
 _KINDS = {"FP8": "fp8", "W4A16_AWQ": "int4"}
+_MOST_EXCLUDED = 0.5  # beyond it the name would say more of what is not there than of what is
 _BITS_TOLERANCE = 0.25  # of small matrices the scales weigh a few tenths of a bit; the next precision is at 1.9 times
 
 
@@ -141,7 +142,10 @@ def _quantised_as_named(parts: Parts, algorithm: str, bits: float) -> Check:
         if part.kind == "plain" and part.info.dtype != parts.config.get("dtype")
     ]
     counted = [part for part in linears if part.module not in excluded]
-    stored = sum(_stored_bits(part) for part in counted) / max(sum(math.prod(p.spec.shape) for p in counted), 1)
+    kept = 1 - _weights_of(counted) / max(_weights_of(linears), 1)
+    if kept > _MOST_EXCLUDED:
+        wrong.append(f"exclude_modules leaves {kept:.0%} of the linear layers' weights at 16 bits")
+    stored = sum(_stored_bits(part) for part in counted) / max(_weights_of(counted), 1)
     if counted and abs(stored / bits - 1) > _BITS_TOLERANCE:
         wrong.append(f"linear layers take {stored:.2f} bits a weight, the name says {bits:g}")
     return check("quantised as named", wrong, value=stored if counted else None, limit=bits)
@@ -155,6 +159,10 @@ def _not_asked_for(parts: Parts) -> Iterator[str]:
                 yield f"{module} is quantised: it has {kind}"
             elif kind == "weight" and not is_linear(name) and info.dtype not in FLOATS:
                 yield f"{name} is {info.dtype}: only linear layers of the decoder's layers are quantised"
+
+
+def _weights_of(parts: list[Part]) -> int:
+    return sum(math.prod(part.spec.shape) for part in parts)
 
 
 def _spoken(part: Part) -> str:

@@ -29,6 +29,7 @@ def observe(
     *,
     window: int,
     max_tokens: int,
+    not_compared: str = "there is no baseline",
 ) -> Findings:
     """Measure an engine; docs/metrics.md defines every number.
 
@@ -40,6 +41,7 @@ def observe(
         tokenizer: the engine's.
         baseline: the source's side; None if there is none, and nothing is compared.
         window, max_tokens: as the baseline was recorded.
+        not_compared: why there is no baseline, if there is none.
 
     Raises:
         RequestError: the baseline was recorded with other texts or sizes.
@@ -52,6 +54,9 @@ def observe(
         said = answer(runtime, tokenizer, prompts, max_tokens)
     except RequestError as error:
         return Findings(checks=(Check(_READS, "fail", note=error.message),))
+    if baseline is None:
+        note = f"{not_compared}: whether the engine says what its source says was not measured"
+        found += Findings(checks=(Check("compared with the source", "warn", note=note),))
     return found + _spoken(material, said, baseline)
 
 
@@ -116,9 +121,7 @@ def _spoken(material: Material, said: Sequence[Answer], baseline: Baseline | Non
         return Findings()
     own_health = _health(material, said, baseline)
     if baseline is None:
-        note = "there is no baseline: whether the engine says what its source says was not measured"
-        measures = tuple(Measure(name, value) for name, value in own_health.items())
-        return Findings(measures, (Check("compared with the source", "warn", note=note),), samples)
+        return Findings(tuple(Measure(name, value) for name, value in own_health.items()), samples=samples)
     known_health = _health(material, baseline.answers, baseline)
     measures = tuple(Measure(name, value, known_health[name]) for name, value in own_health.items())
     prefixes = [metrics.shared_prefix(a.ids, b.ids) for a, b in zip(baseline.answers, said, strict=True)]

@@ -99,6 +99,10 @@ def _behaviour(host: Host, engine: Provider, context: StageContext, not_compared
     events.progress("loading the engine", 0, 0, "")
     runtime = host.load_engine(engine, folder, {})
     try:
-        return behaviour.observe(runtime, Tokenizer.load(folder), material(context), known, **_sizes(context))
+        tokenizer = Tokenizer.load(folder)
+        sizes = _sizes(context)
+        return behaviour.observe(
+            runtime, tokenizer, material(context), known, **sizes, not_compared=not_compared or "there is no baseline"
+        )
     finally:
         runtime.close()

@@ -96,9 +96,6 @@ class Parts:
             if not isinstance(self.config.get(key) or {}, dict):
                 raise RequestError(f"config.json: {key} is no object", _AGAIN)
         quantization: Mapping[str, Any] = self.config.get("quantization") or {}
-        excluded = quantization.get("exclude_modules") or []
-        if not isinstance(excluded, list) or any(not isinstance(name, str) for name in excluded):
-            raise RequestError("config.json: exclude_modules is no list of names", _AGAIN)
         self.scheme = Scheme.from_config(quantization)
         self.parts: list[Part] = []
         self.problems: list[str] = []
