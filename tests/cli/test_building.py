@@ -31,7 +31,7 @@ def test_build_json_is_one_document_with_the_promised_fields(toy_model: Path, re
         assert Path(stage["path"]).is_dir()
     assert Path(build["engine_dir"], "engine.txt").exists()
     assert Path(build["checkpoint_dir"], "weights.json").exists()
-    assert set(build["validation"]) == {"verdict", "metrics", "checks", "samples"}
+    assert set(build["validation"]) == {"verdict", "metrics", "checks", "samples", "accepted"}
     assert build["validation"]["checks"][0]["limit"] == 0.5
 
 
@@ -49,15 +49,15 @@ def test_plan_shows_the_same_keys_as_build_and_changes_nothing(
     toy_model: Path, recipes: Recipes, workspace: Path
 ) -> None:
     planned = recipes("plan", REF, "--json").json
-    assert [stage["status"] for stage in planned["stages"]] == ["to run"] * 4
+    assert [stage["status"] for stage in planned["stages"]] == ["to run"] * 5
     assert not workspace.exists()
     built = recipes("build", REF, "--until", "stage1", "--json").json["builds"][0]
     assert [stage["key"] for stage in built["stages"]] == [stage["key"] for stage in planned["stages"]][:2]
     planned = recipes("plan", REF, "--json").json
-    assert [stage["status"] for stage in planned["stages"]] == ["cached", "cached", "to run", "to run"]
+    assert [stage["status"] for stage in planned["stages"]] == ["cached", "cached", "to run", "to run", "to run"]
     assert set(planned["stages"][0]) >= {"name", "provider", "key", "status", "command", "reason"}
     recipes("build", REF)
-    assert [s["status"] for s in recipes("plan", REF, "--json").json["stages"]] == ["cached"] * 4
+    assert [s["status"] for s in recipes("plan", REF, "--json").json["stages"]] == ["cached"] * 5
     assert "cached" in recipes("plan", REF).out
 
 

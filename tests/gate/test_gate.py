@@ -41,15 +41,19 @@ def test_the_worst_check_is_the_verdict_and_what_has_no_limit_is_only_told() -> 
     report = gate.judge(findings, {"kl": KL})
     assert report.verdict == "warn"
     assert report.metrics == {"kl": 0.2, "mine": 7.0}
-    assert [(c.name, c.verdict, c.note) for c in report.checks] == [("kl", "warn", "divergence"), ("loads", "pass", "")]
+    assert [(c.name, c.verdict, c.note) for c in report.checks] == [("loads", "pass", ""), ("kl", "warn", "divergence")]
     assert gate.judge(Findings(), {}).verdict == "not run"
 
 
 def test_nobody_is_blamed_for_what_the_source_does_too() -> None:
-    report = gate.judge(Findings((Measure("loops", 0.9, base=0.8),)), {"loops": KL})
-    assert report.verdict == "pass"
-    assert "the source's own is 0.8" in report.checks[0].note
-    assert gate.judge(Findings((Measure("loops", 0.9, base=0.01),)), {"loops": KL}).verdict == "fail"
+    def verdict(value: float, base: float) -> str:
+        return gate.judge(Findings((Measure("loops", value, base),)), {"loops": KL}).verdict
+
+    assert [verdict(value, 0.01) for value in (0.05, 0.3, 0.8)] == ["pass", "warn", "fail"]
+    assert [verdict(value, 0.4) for value in (0.4, 0.5, 0.79, 0.81)] == ["pass", "warn", "warn", "fail"]
+    assert verdict(0.9, math.nan) == "fail"
+    (check,) = gate.judge(Findings((Measure("loops", 0.5, 0.4),)), {"loops": KL}).checks
+    assert check.limit == 0.4 and "the source's own is 0.4" in check.note
 
 
 def test_findings_come_back_from_their_file_numbers_that_json_lacks_too(tmp_path: Path) -> None:

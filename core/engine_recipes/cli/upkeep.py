@@ -116,7 +116,7 @@ def _remove(folder: Path) -> None:
 @yes_option
 @place_options
 def gc_command(dry_run: bool, as_json: bool, yes: bool, setup: Setup) -> None:
-    """Remove incomplete folders, and checkpoints, calibrations and sources that no engine was built from."""
+    """Remove incomplete folders, and what no engine was built from: checkpoints, calibrations, baselines, sources."""
     doomed = unreferenced(setup)
     total = sum(size for _, size in doomed)
     if not as_json:
@@ -138,7 +138,7 @@ def unreferenced(setup: Setup) -> list[tuple[Path, int]]:
     store = setup.store
     doomed = store.garbage()
     if store.is_busy():  # a build may be about to use what no engine refers to yet
-        click.echo("something is being built: checkpoints, calibrations and sources stay", err=True)
+        click.echo("something is being built: what it may be about to use stays", err=True)
         return [(path, size_of(path) if not path.is_symlink() else 0) for path in doomed]
     wanted = _inputs([manifest for _, manifest in store.artifacts("engines")])
     wanted |= {key for folder, manifest in store.artifacts("sources") for key in _downloaded(folder, manifest)}
@@ -146,6 +146,8 @@ def unreferenced(setup: Setup) -> list[tuple[Path, int]]:
         doomed += [
             folder for folder, manifest in store.artifacts(place) if manifest.get("key", folder.name) not in wanted
         ]
+    # an engine does not name the baseline it was judged by: one of its own source will serve the next as well
+    doomed += [folder for folder, manifest in store.artifacts("baselines") if not _inputs([manifest]) & wanted]
     return [(path, size_of(path) if not path.is_symlink() else 0) for path in doomed]
 
 

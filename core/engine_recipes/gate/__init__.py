@@ -65,7 +65,7 @@ def judge(findings: Findings, bounds: Mapping[str, Bound], accepted: str = "") -
     """
     limited = {name: bound for name, bound in bounds.items() if (bound.warn, bound.fail) != (None, None)}
     judged = [_judged(measure, limited[measure.name]) for measure in findings.measures if measure.name in limited]
-    checks = (*judged, *findings.checks)
+    checks = (*findings.checks, *judged)  # what is plainly wrong first: a message names the first failure
     metrics = {measure.name: measure.value for measure in findings.measures}
     verdict = worst(check.verdict for check in checks)
     return Report(verdict, metrics, checks, findings.samples, findings.layers, accepted, findings.seconds)
