@@ -68,3 +68,30 @@ def test_without_the_option_nothing_is_tried(toy_model: Path, recipes: Recipes) 
     ran = recipes("build", *LOUD, "--json")
     assert ran.code == 5
     assert len(ran.json["builds"][0]["attempts"]) == 1
+
+
+def test_an_attempt_that_fails_does_not_hide_the_rejection(
+    toy_model: Path, recipes: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert recipes("build", *LOUD).code == 5
+    monkeypatch.setenv("TOY", "stage1 raise")
+    ran = recipes("build", *LOUD, "--fallback", "--json")
+    assert ran.code == 5
+    (build,) = ran.json["builds"]
+    assert [a["status"] for a in build["attempts"]] == ["rejected", "failed", "failed"]
+    assert build["status"] == "rejected" and "the toy broke" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--fallback", "--accept", "why not"), "--accept publishes what fails, --fallback builds something else"),
+        (("--fallback", "--max-minutes", "nan"), "--max-minutes is no number"),
+        (("--fallback", "--no-validate"), "--accept and --fallback are about the validation"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(
+    toy_model: Path, recipes: Recipes, options: tuple[str, ...], message: str
+) -> None:
+    ran = recipes("build", *LOUD, *options)
+    assert ran.code == 2 and message in ran.error[0]

@@ -86,3 +86,48 @@ def test_our_own_checkpoint_says_itself_what_it_was_made_from(model: Path, recip
     (build,) = recipes("validate", built["checkpoint_dir"], *FAST, "--json").json["builds"]
     assert build["ref"] == "./model:bf16@onnxruntime"
     assert build["validation"]["verdict"] == "pass"
+
+
+def test_a_manifest_that_came_along_proves_nothing(model: Path, recipes: Recipes, tmp_path: Path) -> None:
+    (built,) = recipes("build", "./model:bf16", *FAST, "--json").json["builds"]
+    copy = Path(shutil.copytree(built["checkpoint_dir"], tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "rotary_base": 20000.0}))
+    ran = recipes("validate", copy, *FAST, "--json")
+    assert ran.code == 5
+    assert "settings equal the source's" in failed(ran.json["builds"][0])
+
+
+def test_judging_somebody_elses_checkpoint_does_not_take_our_engines_name(
+    model: Path, recipes: Recipes, checkpoint: Path
+) -> None:
+    (built,) = recipes("build", "./model:bf16", *FAST, "--json").json["builds"]
+    assert recipes("validate", checkpoint, "--source", "./model:bf16", *FAST).code == 0
+    engines = {e["path"]: e["published"] for e in recipes("engines", "--json").json["engines"]}
+    assert len(engines) == 2 and engines[built["engine_dir"]]
+
+
+def test_without_its_checkpoint_an_engine_is_judged_with_a_warning_and_again_when_it_is_back(
+    model: Path, recipes: Recipes
+) -> None:
+    (built,) = recipes("build", "./model:bf16", *FAST, "--json").json["builds"]
+    folder = Path(built["checkpoint_dir"])
+    folder.rename(folder.with_name("away"))
+    (alone,) = recipes("validate", "./model:bf16", *FAST, "--json").json["builds"]
+    (warning,) = [c for c in alone["validation"]["checks"] if c["verdict"] == "warn"]
+    assert warning["name"] == "weights compared" and "is not here" in warning["note"]
+    assert any(c["name"] == "tokenizer equals the source's" for c in alone["validation"]["checks"])
+    folder.with_name("away").rename(folder)
+    (again,) = recipes("build", "./model:bf16", *FAST, "--json").json["builds"]
+    assert "weight_rounding" in again["validation"]["metrics"]
+
+
+def test_an_engine_that_no_longer_loads_is_rejected_and_loses_its_name(model: Path, recipes: Recipes) -> None:
+    (built,) = recipes("build", "./model:bf16", *FAST, "--json").json["builds"]
+    onnx = Path(built["engine_dir"]) / "model.onnx"
+    onnx.write_bytes(bytes(200) + onnx.read_bytes()[200:])
+    ran = recipes("validate", "./model:bf16", *FAST, "--force", "--json")
+    assert ran.code == 5
+    assert "engine loads" in failed(ran.json["builds"][0])
+    (engine,) = recipes("engines", "--json").json["engines"]
+    assert (engine["status"], engine["published"]) == ("rejected", False)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from conftest import install, package
-from engine_recipes import MachineError, StageContext
+from engine_recipes import MachineError, StageContext, StageFailed
 from engine_recipes.host import Host
 from engine_recipes.types import Provider
 
@@ -32,6 +32,13 @@ def test_validate_asks_everyone_in_order(tmp_path: Path, monkeypatch: pytest.Mon
     texts = [HOOK.format(name="validate", arguments="context", body=body.format(n)) for n in ("one", "two")]
     host = Host(provider(tmp_path, monkeypatch, text, f"acme_{i}") for i, text in enumerate(texts))
     assert [check.name for check in host.validate(CONTEXT)] == ["one", "two"]
+
+
+def test_an_answer_that_is_no_verdict_is_its_plugins_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = "from engine_recipes import Check; return [Check('size', 'failed')]"
+    host = Host([provider(tmp_path, monkeypatch, HOOK.format(name="validate", arguments="context", body=body))])
+    with pytest.raises(StageFailed, match=r"validate of acme_p\.mod answered Check\(name='size', verdict='failed'"):
+        host.validate(CONTEXT)
 
 
 @pytest.mark.parametrize(

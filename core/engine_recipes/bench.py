@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 BENCH = "bench.json"
 _KEPT = 10  # results an engine keeps
+_LARGEST = 1e300  # JSON has whole numbers that no float holds
 #: Above this share of the cores, the load average says that others work here too.
 BUSY = 0.5
 
@@ -128,9 +129,22 @@ def run(setup: Setup, plan: Plan, settings: Settings, listen: Callable[[Event], 
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """What was measured of an engine: the last of each settings, newest last."""
+    """What was measured of an engine: the last of each settings, newest last. What is damaged is left out."""
     benches = read_json(folder / BENCH).get("benches")
-    return [bench for bench in benches if isinstance(bench, dict)] if isinstance(benches, list) else []
+    return [bench for bench in benches if _is_sound(bench)] if isinstance(benches, list) else []
+
+
+def _is_sound(bench: Any) -> bool:
+    """Whether what others rely on is there and of its type, and every number is one that JSON has."""
+    try:
+        settings, metrics, machine = bench["settings"], bench["metrics"], bench["machine"]
+        numbers = [number for number in (*settings.values(), *metrics.values()) if not isinstance(number, dict)]
+        spreads = [spread for spread in metrics.values() if isinstance(spread, dict)]
+        numbers += [spread[name] for spread in spreads for name in ("median", "min", "max", "iqr")]
+        json.dumps(bench, allow_nan=False, ensure_ascii=False).encode()
+        return isinstance(machine["gpus"], list) and all(n is None or abs(n) < _LARGEST for n in numbers)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
 
 
 def keep(folder: Path, result: Mapping[str, Any]) -> None:

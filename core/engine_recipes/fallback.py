@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,18 @@ class Attempt:
         return {**data, "reason": reason, "engine_dir": str(engine) if engine else None}
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """The build that counts, the last that was judged, and all that were tried, in order."""
+
+    build: Build
+    attempts: tuple[Attempt, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """One build of `build --json`."""
+        return {**self.build.as_json(), "attempts": [attempt.as_json() for attempt in self.attempts]}
+
+
 def run_with_fallback(
     plan: Plan,
     store: Store,
@@ -48,24 +61,18 @@ def run_with_fallback(
     budget: Budget,
     replan: Callable[[Mapping[str, str]], Plan],
     listen: Callable[[Event], None],
-) -> list[Attempt]:
+) -> Outcome:
     """Build; while the gate rejects it, build what the precision offers next.
 
     Args:
         plan: what was asked for.
         replan: makes the plan again with more settings, as in `--set`.
         listen: gets the builds' events, and a `fallback` event before each attempt with its `settings` and `reason`.
-
-    Returns:
-        All attempts in order; the last one is the result.
     """
     deadline = time.monotonic() + 60 * budget.minutes
     attempts = [Attempt({}, run(plan, store, how, listen))]
-    tried = [plan.stage("stage2").key]
-    while isinstance(attempts[-1].build.error, Rejected):
-        last = attempts[-1]
-        if not budget.builds:
-            break
+    last, tried = attempts[0], [plan.stage("stage2").key]
+    while budget.builds and isinstance(last.build.error, Rejected):
         if len(attempts) > budget.builds or time.monotonic() > deadline:
             listen({"event": "warn", "text": f"the fallback's budget is spent after {len(attempts)} builds"})
             break
@@ -79,15 +86,18 @@ def run_with_fallback(
             break
         settings, following = chosen
         tried.append(following.stage("stage2").key)
-        assert last.build.error
         listen({"event": "fallback", "settings": settings, "reason": last.build.error.message})
         attempts.append(Attempt(settings, run(following, store, replace(how, force=False), listen)))
-    return attempts
+        if attempts[-1].build.error is None or isinstance(attempts[-1].build.error, Rejected):
+            last = attempts[-1]
+        else:  # nor must another failure on the way
+            listen({"event": "warn", "text": f"that failed: {attempts[-1].build.error.message}"})
+    return Outcome(last.build, tuple(attempts))
 
 
 def _untried(
     last: Attempt, replan: Callable[[Mapping[str, str]], Plan], tried: list[str], listen: Callable[[Event], None]
-) -> Any:
+) -> Iterator[tuple[dict[str, Value], Plan]]:
     """Settings and plan of each offer that leads to an engine that was not built yet."""
     for offer in _offers(last.build, listen):
         settings = {**last.settings, **offer}
@@ -101,8 +111,9 @@ def _offers(build: Build, listen: Callable[[Event], None]) -> list[Mapping[str, 
     plan, stage = build.plan, build.plan.stage("stage1")
     names = ("calibrate", "resolve")
     before = [s for name in names for s in plan.stages if s.name == name]
-    inputs = tuple(Artifact(s.gives, Path(str(build.path(s.name))), s.key) for s in before)
-    context = StageContext(str(plan.ref), "stage1", stage.options, inputs, Path("/dev/null"), plan.target)
+    paths = [(stage, build.path(stage.name)) for stage in before]
+    inputs = tuple(Artifact(stage.gives, path, stage.key) for stage, path in paths if path)
+    context = StageContext(str(plan.ref), "stage1", stage.options, inputs, Path(os.devnull), plan.target)
     request = {
         "action": "fallbacks",
         "providers": [asdict(provider("precision", plan.precision))],

@@ -12,7 +12,7 @@ from .errors import Rejected, RequestError, StageFailed
 from .planning import Plan
 from .registry import Precision
 from .sources.folder import digest_of
-from .store import MANIFEST, is_whole, read_manifest
+from .store import MANIFEST, PLACES, is_whole, read_manifest
 from .types import TRTLLM_CHECKPOINT, Artifact, Ref, StageName
 
 CONFIG, RANK0 = "config.json", "rank0.safetensors"
@@ -33,7 +33,13 @@ def plan_for(setup: Setup, text: str, source: str | None, choices: Mapping[str, 
     """
     folder = Path(text).expanduser()
     if (folder / MANIFEST).is_file() and (read_manifest(folder) or {}).get("stage") == "stage2":
-        return _plan_engine(setup, folder.resolve(), source, choices)
+        if choices.get("engine") or choices.get("target"):
+            raise RequestError(
+                f"{text} is an engine already: its manifest says for what", "leave --engine and --target out"
+            )
+        if source and setup.store.holds(folder.resolve()):
+            raise RequestError(f"this workspace knows what {folder.name} was made from", "leave --source out")
+        return _plan_engine(setup, folder.resolve(), source, choices["settings"])
     if (folder / RANK0).is_file() and (folder / CONFIG).is_file():
         return _plan_checkpoint(setup, folder.resolve(), source, choices)
     if folder.is_dir() and (refs.is_folder(text) or "/" in text) and not (folder / CONFIG).is_file():
@@ -43,23 +49,24 @@ def plan_for(setup: Setup, text: str, source: str | None, choices: Mapping[str, 
         )
     if source:
         raise RequestError("--source says what a folder was made from, and this is a reference", "leave it out")
-    built = setup.engine(setup.plan(text, **choices))
-    return _plan_engine(setup, built, None, choices)
+    plan = setup.plan(text, **choices)
+    return _plan_engine(setup, setup.engine(plan), str(plan.ref), choices["settings"])
 
 
-def _plan_engine(setup: Setup, folder: Path, source: str | None, choices: Mapping[str, Any]) -> Plan:
+def _plan_engine(setup: Setup, folder: Path, source: str | None, settings: Mapping[str, str] | None) -> Plan:
     manifest = read_manifest(folder) or {}
-    if not is_whole(folder, manifest):
-        raise RequestError(f"{folder} is damaged: files are missing or cut short", "build or copy the engine again")
-    made_as = refs.parse(str(manifest.get("ref")))
-    claimed = setup.registry.expand(refs.parse(source)) if source else made_as
-    ref = Ref(claimed.model, claimed.precision or made_as.precision, made_as.engine)
-    given = {key: _spell(value) for key, value in manifest.get("set", {}).items()}
-    ready: dict[StageName, Artifact] = {"stage2": Artifact(str(manifest.get("kind")), folder, str(manifest.get("key")))}
-    ready |= _inputs(setup, ref, manifest)
-    return setup.plan(
-        str(ref), target=manifest.get("target"), settings={**given, **(choices["settings"] or {})}, ready=ready
-    )
+    try:
+        if not is_whole(folder, manifest):
+            raise RequestError(f"{folder} is damaged: files are missing or cut short", "build or copy the engine again")
+        made_as, target = refs.parse(manifest["ref"]), str(manifest["target"])
+        claimed = setup.registry.expand(refs.parse(source)) if source else made_as
+        ref = Ref(claimed.model, claimed.precision or made_as.precision, made_as.engine)
+        given = {key: _spell(value) for key, value in manifest["set"].items()}
+        ready: dict[StageName, Artifact] = {"stage2": Artifact(str(manifest["kind"]), folder, str(manifest["key"]))}
+        ready |= _inputs(setup, ref, manifest)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise RequestError(f"{folder / MANIFEST} is damaged", "build or copy the engine again") from None
+    return setup.plan(str(ref), target=target, settings={**given, **(settings or {})}, ready=ready)
 
 
 def _inputs(setup: Setup, ref: Ref, manifest: Mapping[str, Any]) -> dict[StageName, Artifact]:
@@ -95,10 +102,12 @@ def _plan_checkpoint(setup: Setup, folder: Path, source: str | None, choices: Ma
     config = read_json(folder / CONFIG)
     algorithm = (config.get("quantization") or {}).get("quant_algo") or ""
     precision = setup.registry.precisions[ref.precision] if ref.precision else _precision(setup, algorithm)
-    key = str(manifest.get("key") or digest_of(sorted([folder / CONFIG, *folder.glob("rank*.safetensors")])))
+    files = sorted([folder / CONFIG, *folder.glob("rank*.safetensors")])
+    # a manifest that came along says what the files were, not what they are
+    ours = folder.parent == setup.store.workspace / PLACES["stage1"] and is_whole(folder, manifest)
+    key = str(manifest["key"]) if ours else digest_of(files)
     ready: dict[StageName, Artifact] = {"stage1": Artifact(TRTLLM_CHECKPOINT, folder, key)}
-    plan = setup.plan(str(Ref(ref.model, precision.name, ref.engine)), ready=ready, **choices)
-    return plan
+    return setup.plan(str(Ref(ref.model, precision.name, ref.engine)), ready=ready, **choices)
 
 
 def _precision(setup: Setup, algorithm: str) -> Precision:

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pluggy
 
 from . import hookspecs
 from .decoder import Decoder
-from .errors import MachineError
-from .types import Check, Measure, Provider, Report, Runtime, StageContext, Value
+from .errors import MachineError, StageFailed
+from .types import Check, Measure, Provider, Report, Runtime, StageContext, Value, Verdict
 
 
 class Host:
@@ -87,8 +87,19 @@ class Host:
 
     def validate(self, context: StageContext) -> list[Check | Measure]:
         """Ask everyone who is loaded, in the order of loading."""
-        answers = self._manager.hook.validate(context=context)
-        return [answer for answers_of_one in reversed(answers) for answer in answers_of_one or ()]
+        found: list[Check | Measure] = []
+        plugins = self._manager.list_name_plugin()
+        for name, _ in plugins:
+            others = [plugin for other, plugin in plugins if other != name]
+            answers = _first(self._manager.subset_hook_caller("validate", others)(context=context)) or ()
+            for answer in answers:
+                if not isinstance(answer, Measure) and getattr(answer, "verdict", None) not in get_args(Verdict):
+                    raise StageFailed(
+                        f"validate of {name} answered {answer!r}, which is no Check and no Measure",
+                        "report this to the authors of that plugin",
+                    )
+                found.append(answer)
+        return found
 
     def _one(self, hook: str, provider: Provider, optional: bool = False) -> Callable[..., Any]:
         """The hook of one provider alone: pluggy would call every plugin and answer with the last registered."""

@@ -66,6 +66,11 @@ class Plan:
         """Those of them that the engine depends on."""
         return {key: value for key, value in self.given.items() if not key.startswith(PREFIXES["validate"])}
 
+    @property
+    def is_of_strangers(self) -> bool:
+        """Whether the checkpoint was made elsewhere: its engine is judged, and gets no plain name."""
+        return any(stage.name == "stage1" and stage.ready for stage in self.stages) and not self.stage("stage2").ready
+
     def stage(self, name: StageName) -> Stage:
         """The stage of that name."""
         return next(stage for stage in self.stages if stage.name == name)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from . import __version__, gate, history
@@ -206,7 +205,7 @@ class _Walk:
                 answer = self.work(stage, out, self.store.log_path(slot))
                 seconds = time.monotonic() - started
                 if stage.name == "stage2":
-                    self.store.unlink(self.store.path(slot))  # built again under the same key: not judged yet
+                    gate.withdraw(self.store, self.store.path(slot))  # built again under the same key: not judged yet
                 folder = self.store.commit(slot, out, self.manifest(stage, answer, seconds))
         except OSError as error:
             self.results.append(StageResult(stage.name, "failed", time.monotonic() - started, stage.key))
@@ -224,7 +223,8 @@ class _Walk:
         resolved = next((a.path / DECODER for a in self.artifacts if a.kind == HF_CHECKPOINT), None)
         if self.checked or (self.imported and resolved is None):
             return
-        names = STAGES[: STAGES.index(self.how.until) + 1]  # nobody is asked who has nothing to do
+        # nobody is asked who has nothing to do
+        names = [name for name in STAGES[: STAGES.index(self.how.until) + 1] if name != "baseline" or self.how.validate]
         stages = [stage for stage in self.plan.stages if stage.name in names and stage.slot]
         request = {
             "action": "check",
@@ -247,6 +247,7 @@ class _Walk:
             "claims": {
                 "algorithm": self.plan.precision.algorithm,
                 "bits": self.plan.precision.bits,
+                "gives": self.plan.precision.gives,
                 "not_compared": self.plan.not_compared,
             },
             "architectures": self.plan.family.architectures,
@@ -298,29 +299,28 @@ class _Walk:
         if not self.how.validate:
             self.results.append(StageResult("validate", "skipped", key=stage.key))
             return
-        found = self.known(stage, engine)
-        if found is None:
-            with self.store.lock_folder(engine, lambda: self.tell(stage, "waiting")):
-                found = self.known(stage, engine) or self.look(stage, engine)
-        else:
-            self.tell(stage, "cached", path=str(engine))
-        self.publish(stage, engine, found)
+        with self.store.lock_folder(engine, lambda: self.tell(stage, "waiting")):
+            found = self.known(stage, engine)
+            if found is None:
+                found = self.look(stage, engine)
+            self.publish(stage, engine, found)
 
     def known(self, stage: Stage, engine: Path) -> Findings | None:
-        """What was measured before, under this key."""
-        found = None if self.how.force else gate.found(engine, stage.key)
+        """What was measured before, under this key; what lies beside an engine from elsewhere proves nothing."""
+        found = gate.found(engine, stage.key) if self.store.holds(engine) and not self.how.force else None
         if found is not None:
             self.results.append(StageResult("validate", "cached", key=stage.key, path=engine))
+            self.tell(stage, "cached", path=str(engine))
         return found
 
     def look(self, stage: Stage, engine: Path) -> Findings:
-        """Measure, and keep what was found."""
+        """Measure."""
         started = time.monotonic()
         self.tell(stage, "started")
         judges = [provider("family", self.plan.family), provider("precision", self.plan.precision), stage.provider]
         try:
-            with TemporaryDirectory(prefix="engine-recipes-") as scratch:  # judges may write, but leave nothing
-                answer = self.work(stage, Path(scratch), self.store.log_of(engine), judges)
+            with self.store.scratch(engine) as scratch:  # judges may write, but leave nothing
+                answer = self.work(stage, scratch, self.store.log_of(engine), judges)
         except RecipesError:
             self.results.append(StageResult("validate", "failed", time.monotonic() - started, stage.key, engine))
             raise
@@ -336,11 +336,12 @@ class _Walk:
     def publish(self, stage: Stage, engine: Path, found: Findings) -> None:
         """Judge, keep the verdict, and give the engine its plain name unless it failed and nobody accepts that."""
         before, report = gate.read(engine), gate.judge(found, self.plan.bounds)
+        ran = self.results[-1].status == "run"
         if report.verdict == "fail":
-            known = before.accepted if before and report.failed <= before.failed else ""
+            # what was accepted were these failures as they were measured then
+            known = before.accepted if before and not ran and report.failed <= before.failed else ""
             report = replace(report, accepted=self.how.accept or known)
         self.report = report
-        ran = self.results[-1].status == "run"
         try:
             if ran or report != before:
                 gate.write(engine, stage.key, found, report)
@@ -348,10 +349,13 @@ class _Walk:
                 note(engine, accepted=report.accepted or None)
         except OSError as error:
             raise disk_error(error, engine) from None
+        ours = self.store.holds(engine) and not self.plan.is_of_strangers
         if report.verdict == "fail" and not report.accepted:
-            gate.withdraw(self.store, engine)
+            if ours:
+                gate.withdraw(self.store, engine)
             raise _rejected(self.plan, report, engine)
-        if report.verdict != "not run" and self.store.holds(engine) and (ran or not self.store.plain(engine).exists()):
+        news = ran or not (before and before.is_good) or not self.store.plain(engine).exists()
+        if ours and news and report.is_good:
             self.store.link(engine)
 
     def tell(self, stage: Stage, what: str, **more: Any) -> None:

@@ -227,7 +227,7 @@ class Builder:
         if self.reference:
             reads = {name: settings[name] for name in READS}
             stages.append(self.stage("baseline", self.reference, reads, [before[-1]]))
-        return [*stages, self.validate(settings, [before[0].key, *(stage.key for stage in stages)])]
+        return [*stages, self.validate(settings, [stage.key for stage in (*before, *stages)])]
 
     def choose(self, wanted: str) -> tuple[Reference | None, str]:
         """What runs the source: the one that is wanted, or the first that can. If none does, why."""

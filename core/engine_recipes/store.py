@@ -104,6 +104,18 @@ class Store:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
+    @contextmanager
+    def scratch(self, engine: Path) -> Iterator[Path]:
+        """An empty folder for those who judge an engine; removed at the end, or by gc after a kill."""
+        import shutil
+
+        folder = self._make(self.workspace / "engines") / f"{_STAGING}{engine.name}-{_unique()}"
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
     def commit(self, slot: Slot, staging: Path, manifest: Mapping[str, Any]) -> Path:
         """Write the manifest last, then publish by one rename. Replaces what stood there under the same key."""
         import shutil
@@ -253,7 +265,7 @@ def is_whole(folder: Path, manifest: Mapping[str, Any]) -> bool:
     """Whether every file of the manifest is there with its size."""
     try:
         return all((folder / name).stat().st_size == size for name, size in manifest.get("files", {}).items())
-    except OSError:
+    except (OSError, ValueError, TypeError, AttributeError):  # a manifest that came from elsewhere may say anything
         return False
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
 from .errors import RequestError
 
@@ -184,13 +184,20 @@ class Findings:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Findings:
-        """The reverse of `as_json`."""
+        """The reverse of `as_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError, ArithmeticError, AttributeError: something is missing, or has not its type.
+        """
+        seconds = _read_number(data.get("seconds", 0))
+        if not math.isfinite(seconds):
+            raise ValueError("seconds are finite")
         return cls(
-            tuple(Measure(**_read_numbers(measure)) for measure in data["measures"]),
-            tuple(Check(**_read_numbers(check)) for check in data["checks"]),
-            tuple(data["samples"]),
-            {name: float(value) for name, value in data["layers"].items()},
-            float(data.get("seconds", 0)),
+            tuple(_read_measure(**measure) for measure in data["measures"]),
+            tuple(_read_check(**check) for check in data["checks"]),
+            tuple({_read_text(k): _read_text(v) for k, v in sample.items()} for sample in data["samples"]),
+            {_read_text(name): _read_number(value) for name, value in data["layers"].items()},
+            seconds,
         )
 
 
@@ -198,9 +205,35 @@ def _spelled(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
 
 
-def _read_numbers(fields: Mapping[str, Any]) -> dict[str, Any]:
-    numbers = ("value", "base", "limit")
-    return {k: float(v) if k in numbers and isinstance(v, str) else v for k, v in fields.items()}
+def _read_measure(name: Any, value: Any, base: Any = None, note: Any = "") -> Measure:
+    return Measure(
+        _read_text(name), _read_number(value), None if base is None else _read_number(base), _read_text(note)
+    )
+
+
+def _read_check(name: Any, verdict: Any, value: Any = None, limit: Any = None, note: Any = "") -> Check:
+    value, limit = (None if number is None else _read_number(number) for number in (value, limit))
+    return Check(_read_text(name), read_verdict(verdict), value, limit, _read_text(note))
+
+
+def read_verdict(value: Any) -> Verdict:
+    """A verdict from JSON. Raises ValueError if it is none."""
+    if value not in get_args(Verdict):
+        raise ValueError(f"{value!r} is no verdict")
+    return cast("Verdict", value)
+
+
+def _read_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    value.encode()  # ValueError for half a surrogate pair: nobody could write it anywhere
+    return value
+
+
+def _read_number(value: Any) -> float:
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) or value in ("nan", "inf", "-inf")):
+        raise TypeError(f"{value!r} is no number")
+    return float(value)
 
 
 def _number(value: float | None) -> float | None:

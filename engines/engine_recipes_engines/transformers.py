@@ -1,6 +1,6 @@
 """The unquantised source in Hugging Face transformers: what builds are compared with. Not an engine: it only reads.
 
-float32 where it fits, else the checkpoint's own dtype; on a GPU if the weights fit there. No code of a checkpoint
+float32 where it fits, else 16 bits; on a GPU if the weights fit there. No code of a checkpoint
 is run, and only safetensors are opened.
 """
 
@@ -36,6 +36,9 @@ class SourceRuntime:
         max_seq_len: most tokens of a prompt and its answer.
         dtype: of the weights as they are stored.
 
+    Attributes:
+        about: `dtype` and `device` that it is run in and on; kept with the baseline.
+
     Raises:
         RequestError: transformers does not know this model.
         MachineError: it does not fit in memory.
@@ -44,13 +47,16 @@ class SourceRuntime:
     def __init__(self, folder: Path, parameters: int, max_seq_len: int, dtype: str) -> None:
         import torch
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # it would be drawn over ours
         self.max_seq_len = max_seq_len
-        self._device, self.dtype = place(parameters, dtype)
-        events.log(f"the source is run in {self.dtype} on {self._device}")
+        self._device, running = place(parameters, dtype)
+        self.about = {"dtype": running, "device": self._device}
+        events.log(f"the source is run in {running} on {self._device}")
         try:
             self._model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=getattr(torch, self.dtype), local_files_only=True, use_safetensors=True
+                folder, dtype=getattr(torch, running), local_files_only=True, use_safetensors=True
             )
         except (ValueError, KeyError, OSError) as error:  # an architecture it has not heard of, a config it refuses
             reason = str(error).strip().splitlines()[0]
@@ -92,6 +98,8 @@ class SourceRuntime:
 def place(parameters: int, dtype: str) -> tuple[str, str]:
     """Device and dtype: as exact as fits, on a GPU if there is one.
 
+    What is stored as float32 and does not fit so becomes bfloat16, which has its range.
+
     Raises:
         MachineError: nothing fits.
     """
@@ -100,7 +108,7 @@ def place(parameters: int, dtype: str) -> tuple[str, str]:
     memory = {"cpu": _free_memory()}
     if torch.cuda.is_available():
         memory = {"cuda": torch.cuda.mem_get_info()[0], **memory}
-    for wanted, size in (("float32", 4), (dtype, 2)):
+    for wanted, size in (("float32", 4), ("bfloat16" if dtype == "float32" else dtype, 2)):
         for device, free in memory.items():
             if parameters * size <= _SHARE * free:
                 return device, wanted

@@ -33,10 +33,12 @@ def test_validate_takes_the_folder_of_an_engine(toy_model: Path, recipes: Recipe
     assert build["engine_dir"] == str(engine)
     carried = tmp_path / "carried"
     engine.rename(carried)
-    (carried / "validation.json").unlink()
     ran = recipes("validate", carried, "--json")
     assert ran.code == 0 and ran.json["builds"][0]["validation"]["verdict"] == "pass"
-    assert (carried / "validation.json").exists()
+    # what came along with it is not believed
+    words = (carried / "engine.txt").read_text()
+    (carried / "engine.txt").write_text(words.replace('"loud": false', '"loud": true '))
+    assert recipes("validate", carried).code == 5
 
 
 def test_a_failing_engine_gets_exit_code_5_and_a_table_with_the_reason(toy_model: Path, recipes: Recipes) -> None:
@@ -56,6 +58,9 @@ def test_a_failing_engine_gets_exit_code_5_and_a_table_with_the_reason(toy_model
         (("./empty",), 2, "holds no engine of ours"),
         ((REF, "--source", "smollm2-135m"), 2, "--source says what a folder was made from"),
         ((REF, "--accept", " "), 2, "--accept needs a reason"),
+        (("DAMAGED",), 2, "manifest.json is damaged"),
+        (("ENGINE", "--source", "smollm2-135m"), 2, "this workspace knows what"),
+        (("ENGINE", "--target", "sm89"), 2, "is an engine already"),
         ((REF, "--set", "gate.nothing=1"), 2, "no option 'gate.nothing'"),
         ((REF, "--set", "gate.reference=nobody"), 2, "no reference named 'nobody'"),
         ((REF, "--set", "gate.texts=/nowhere.jsonl"), 2, "gate.texts: there is no file /nowhere.jsonl"),
@@ -66,6 +71,12 @@ def test_bad_requests_are_refused_in_two_lines(
     toy_model: Path, recipes: Recipes, arguments: tuple[str, ...], code: int, message: str
 ) -> None:
     Path("empty").mkdir()
+    if "ENGINE" in arguments:
+        arguments = (str(api.build(REF).path("stage2")), *arguments[1:])
+    if "DAMAGED" in arguments:
+        Path("damaged").mkdir()
+        Path("damaged/manifest.json").write_text('{"stage": "stage2", "ref": "a:b@c", "inputs": "abc", "set": [1]}')
+        arguments = ("./damaged",)
     ran = recipes("validate", *arguments)
     assert ran.code == code
     assert message in ran.error[0]

@@ -51,8 +51,21 @@ def test_the_most_exact_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(reference, "_free_memory", lambda: 10 << 30)
     assert reference.place(1_000_000_000, "bfloat16") == ("cpu", "float32")
     assert reference.place(3_000_000_000, "bfloat16") == ("cpu", "bfloat16")
+    assert reference.place(3_000_000_000, "float16") == ("cpu", "float16")
+    assert reference.place(3_000_000_000, "float32") == ("cpu", "bfloat16"), "it does not fit in float32"
     with pytest.raises(MachineError, match=r"7\.0 billion parameters"):
         reference.place(7_000_000_000, "bfloat16")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 << 30, 80 << 30))
     assert reference.place(7_000_000_000, "bfloat16") == ("cuda", "float32")
+
+
+def test_it_tells_how_the_source_is_run_and_draws_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reference, "place", lambda parameters, dtype: ("cpu", "bfloat16"))
+    runtime = reference.load_source(context(converted.resolve(tiny.write(tmp_path / "hf", "llama")), tmp_path / "out"))
+    assert runtime.about == {"dtype": "bfloat16", "device": "cpu"}
+    assert runtime.logits(IDS).dtype == np.float32
+    runtime.close()
+    assert "Loading weights" not in capfd.readouterr().err

@@ -58,6 +58,7 @@ def test_what_was_recorded_is_what_is_read(folder: Path, recorded: Path) -> None
 def test_prompts_go_through_the_chat_template_and_are_answered_greedily(folder: Path, recorded: Path) -> None:
     runtime, tokenizer = OnnxRuntime(folder, {}), Tokenizer.load(folder)
     for prompt, answer in zip(MATERIAL.prompts, baseline.read(recorded).answers, strict=True):
+        assert answer is not None
         ids = tokenizer.encode(tokenizer.chat([{"role": "user", "content": prompt.text}]), special=False)
         assert list(answer.prompt_ids) == ids
         assert list(answer.ids) == list(runtime.generate(ids, Sampling(9), tokenizer.stop_ids))
@@ -82,19 +83,18 @@ def test_progress_is_told(folder: Path, tmp_path: Path) -> None:
 class Narrow:
     """A runtime that takes few tokens, and fails if it is given more."""
 
-    max_seq_len = 16
-
-    def __init__(self) -> None:
+    def __init__(self, most: int = 16) -> None:
+        self.max_seq_len = most
         self.read: list[int] = []
         self.asked: list[list[int]] = []
 
     def logits(self, ids: Sequence[int]) -> Any:
-        assert len(ids) <= 16
+        assert len(ids) <= self.max_seq_len
         self.read.append(len(ids))
         return np.zeros((len(ids), 256), np.float32)
 
     def generate(self, prompt: Sequence[int], sampling: Sampling, stop: frozenset[int] = frozenset()) -> Iterator[int]:
-        assert len(prompt) + sampling.max_tokens <= 16
+        assert len(prompt) + sampling.max_tokens <= self.max_seq_len
         self.asked.append(list(prompt))
         yield from [5] * sampling.max_tokens
 
@@ -102,12 +102,34 @@ class Narrow:
         pass
 
 
-def test_texts_and_prompts_are_cut_to_what_the_model_takes(folder: Path, tmp_path: Path) -> None:
-    runtime, tokenizer = Narrow(), Tokenizer.load(folder)
+def test_texts_are_cut_to_what_the_model_takes_and_prompts_are_asked_whole_or_not_at_all(
+    folder: Path, tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer.load(folder)
+    longer, shorter = baseline.encoded(tokenizer, MATERIAL)
+    assert len(longer) == len(shorter) + 1
+    most = len(shorter) + SIZES["max_tokens"]
+    runtime = Narrow(most)
     baseline.record(tmp_path, runtime, tokenizer, MATERIAL, **SIZES, about={})
-    assert runtime.read == [16, 16]
-    # Of a prompt the end is kept, which is what opens the answer.
-    assert runtime.asked == [ids[-7:] for ids in baseline.encoded(tokenizer, MATERIAL)]
+    assert runtime.read == [min(len(tokenizer.encode(MATERIAL.texts[i])), most) for i in (0, 2)]
+    assert runtime.asked == [shorter]
+    first, second = baseline.read(tmp_path).answers
+    assert first is None and second is not None
+    assert (list(second.prompt_ids), list(second.ids)) == (shorter, [5] * 9)
+
+
+def test_a_source_that_takes_no_prompt_is_refused_before_anything_is_run(folder: Path, tmp_path: Path) -> None:
+    runtime = Narrow()
+    with pytest.raises(RequestError, match=r"no prompt fits the model's 16 tokens with gate\.max_tokens 9") as caught:
+        baseline.record(tmp_path, runtime, Tokenizer.load(folder), MATERIAL, **SIZES, about={})
+    assert "--set gate.max_tokens=" in caught.value.hint and not runtime.read and not list(tmp_path.glob("baseline*"))
+
+
+def test_what_a_runtime_tells_of_itself_is_kept(folder: Path, tmp_path: Path) -> None:
+    runtime: Any = Narrow(99)
+    runtime.about = {"dtype": "bfloat16", "device": "cuda"}
+    baseline.record(tmp_path, runtime, Tokenizer.load(folder), MATERIAL, **SIZES, about={"reference": "r"})
+    assert baseline.read(tmp_path).about == {"reference": "r", "dtype": "bfloat16", "device": "cuda"}
 
 
 def test_a_source_that_cannot_be_measured_is_refused_and_leaves_nothing(folder: Path, tmp_path: Path) -> None:
@@ -117,7 +139,7 @@ def test_a_source_that_cannot_be_measured_is_refused_and_leaves_nothing(folder: 
 
     tokenizer = Tokenizer.load(folder)
     with pytest.raises(RequestError, match="gives no logits"):
-        baseline.record(tmp_path, Silent(), tokenizer, MATERIAL, **SIZES, about={})
+        baseline.record(tmp_path, Silent(99), tokenizer, MATERIAL, **SIZES, about={})
     with pytest.raises(RequestError, match="no text has two tokens"):
         baseline.record(tmp_path, Narrow(), tokenizer, Material(("x",), ()), **SIZES, about={})
     assert not list(tmp_path.glob("baseline*"))

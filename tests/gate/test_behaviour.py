@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import lowered
-from engine_recipes import Findings, RequestError, Runtime, Tokenizer, testing
+from engine_recipes import Findings, Runtime, StageFailed, Tokenizer, testing
 from engine_recipes.gate import baseline, texts
 from engine_recipes.gate.behaviour import observe
 from engine_recipes.types import Measure, Sampling
@@ -142,13 +142,14 @@ def test_questions_count_if_the_source_answers_three_or_more(source: Path, right
     """The source's answers are replaced, and the engine's kept: it says what the prompts expect, but for the first."""
     runtime, tokenizer = OnnxRuntime(source, {}), Tokenizer.load(source)
     known = baseline.read(source / "baseline")
-    said = [answer.text for answer in known.answers]
+    said = [answer.text for answer in known.answers if answer]
     prompts = [texts.Prompt(p.text, (answer,)) for p, answer in zip(MATERIAL.prompts, said, strict=True)]
     prompts[0] = texts.Prompt("What?", ("no such word",))
     material = replace(MATERIAL, prompts=tuple(prompts))
     answers = [
         replace(answer, text=prompt.answers[0] if i < right else "")
         for i, (prompt, answer) in enumerate(zip(prompts, known.answers, strict=True))
+        if answer
     ]
     known = replace(known, digest=material.digest, answers=tuple(answers))
     found = by_name(observe(runtime, tokenizer, material, known, **SIZES))
@@ -157,18 +158,73 @@ def test_questions_count_if_the_source_answers_three_or_more(source: Path, right
         assert found["questions"].value == pytest.approx(value) and found["questions"].note == "wrong: What?"
 
 
-@pytest.mark.parametrize("changes", [{"digest": "0" * 64}, {"window": 121}, {"max_tokens": 11}])
-def test_a_baseline_of_something_else_is_refused(source: Path, changes: dict[str, Any]) -> None:
-    with pytest.raises(RequestError) as caught:
+def test_texts_that_changed_since_the_baseline_was_recorded_are_no_measure(source: Path) -> None:
+    with pytest.raises(StageFailed, match="changed while it was being used") as caught:
+        look(source, OnnxRuntime(source, {}), digest="0" * 64)
+    assert caught.value.hint == "run the same command again"
+
+
+@pytest.mark.parametrize("changes", [{"window": 121}, {"max_tokens": 11}])
+def test_sizes_that_the_baseline_does_not_have_are_a_bug(source: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="another window or max_tokens"):
         look(source, OnnxRuntime(source, {}), **changes)
-    assert caught.value.hint
+
+
+def narrow(source: Path, most: int) -> OnnxRuntime:
+    """The source's engine, as if built for few tokens."""
+    runtime = OnnxRuntime(source, {})
+    runtime.max_seq_len = most
+    return runtime
+
+
+def room(source: Path) -> list[int]:
+    """Tokens that each prompt and its answer may take."""
+    return [len(ids) + SIZES["max_tokens"] for ids in baseline.encoded(Tokenizer.load(source), MATERIAL)]
 
 
 def test_an_engine_that_takes_less_is_compared_over_what_it_takes(source: Path) -> None:
-    runtime = OnnxRuntime(source, {})
-    runtime.max_seq_len = 40
+    runtime = narrow(source, 40)
     measures = by_name(look(source, runtime))
     known = baseline.read(source / "baseline")
     tokens = sum(min(len(text), 40) - 1 for text in known.texts)
     assert measures["mean_kl"].note.startswith(f"over {tokens} tokens")
     assert measures["mean_kl"].value == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("with_baseline", [True, False])
+def test_prompts_that_an_engine_cannot_take_are_left_out_and_not_cut(source: Path, with_baseline: bool) -> None:
+    needs = room(source)
+    runtime, most = narrow(source, sorted(needs)[2]), sorted(needs)[2]
+    if with_baseline:
+        found = look(source, runtime)
+        assert (
+            by_name(found)["greedy_prefix"].value == 1 and by_name(found)["greedy_prefix"].note == "mean of 3 answers"
+        )
+        assert all(by_name(found)[name].value == by_name(found)[name].base for name in HEALTH)
+    else:
+        found = observe(runtime, Tokenizer.load(source), MATERIAL, None, **SIZES)
+        assert by_name(found).keys() == set(HEALTH)
+    fitting = [prompt.text for prompt, need in zip(MATERIAL.prompts, needs, strict=True) if need <= most]
+    assert [sample["prompt"] for sample in found.samples] == fitting
+    check = found.checks[-1]
+    assert (check.name, check.verdict, check.value) == ("prompts that fit", "warn", 3)
+    assert check.note.startswith("1 of 4 prompts were not asked")
+
+
+def test_prompts_that_the_source_was_not_asked_are_not_asked(source: Path) -> None:
+    known = baseline.read(source / "baseline")
+    found = look(source, OnnxRuntime(source, {}), answers=(None, *known.answers[1:]))
+    assert [sample["prompt"] for sample in found.samples] == [prompt.text for prompt in MATERIAL.prompts[1:]]
+    assert by_name(found)["greedy_prefix"].value == 1
+    assert [(check.name, check.value) for check in found.checks] == [("prompts that fit", 3)]
+
+
+@pytest.mark.parametrize("most", [1, 2, 8])
+def test_an_engine_that_takes_no_prompt_is_not_judged_by_answers(source: Path, most: int) -> None:
+    found = look(source, narrow(source, most))
+    assert by_name(found).keys() == (set(COMPARED) if most > 1 else set()) and not found.samples
+    assert {check.name: check.verdict for check in found.checks} == {
+        "prompts that fit": "warn",
+        **({} if most > 1 else {"compared by logits": "warn"}),
+    }
+    assert "no prompt was asked" in found.checks[-1].note

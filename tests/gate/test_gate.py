@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -130,11 +131,41 @@ def test_what_is_accepted_is_published_with_its_reason_and_stays_so(toy_model: P
     assert recipes("build", *loud).code == 0
     (row,) = recipes("engines", "--json").json["engines"]
     assert (row["status"], row["accepted"]) == ("accepted", "only a demo")
-    # another failure was not accepted
+    # another failure was not accepted, nor the same one measured again
     assert recipes("build", *loud, "--set", "gate.perplexity_ratio.fail=0.9").code == 5
+    assert not store.is_published(engine)
+    assert recipes("build", *loud, "--accept", "only a demo").code == 0
+    assert store.is_published(engine)
+    assert recipes("validate", *loud, "--force").code == 5
     assert not store.is_published(engine)
 
 
 def test_nothing_that_passes_is_called_accepted(toy_model: Path) -> None:
     build = api.build(REF, how=How(accept="no need"))
     assert (build.report.verdict, build.report.accepted) == ("pass", "")
+
+
+def test_what_is_accepted_takes_the_plain_name_from_another_build(toy_model: Path, recipes: Recipes) -> None:
+    loud = (REF, "--set", "loud=true")
+    assert [recipes("build", REF).code, recipes("build", *loud).code] == [0, 5]
+    (build,) = recipes("build", *loud, "--accept", "louder is better", "--json").json["builds"]
+    assert api.open_setup().store.is_published(Path(build["engine_dir"]))
+
+
+def test_a_forced_rebuild_that_is_not_judged_leaves_the_name_to_an_older_good_engine(toy_model: Path) -> None:
+    older, newer = (api.build(REF, settings={"scale": scale}).path("stage2") for scale in ("1", "2"))
+    assert older is not None and newer is not None
+    api.build(REF, settings={"scale": "2"}, how=How(force=True, validate=False))
+    assert api.open_setup().store.is_published(older)
+
+
+def test_judging_leaves_names_outside_the_workspace_alone(toy_model: Path, recipes: Recipes, tmp_path: Path) -> None:
+    engine = api.build(REF).path("stage2")
+    assert engine is not None
+    strict = ("--set", "gate.perplexity_ratio.fail=0.5")
+    deployed = Path(shutil.copytree(engine, tmp_path / "prod-1"))
+    link = tmp_path / "prod"
+    link.symlink_to("prod-1")
+    assert recipes("validate", deployed, *strict).code == 5
+    assert link.is_symlink()
+    assert recipes("validate", Path(shutil.copytree(engine, tmp_path / "plain")), *strict).code == 5

@@ -57,6 +57,11 @@ _REQUIRED = (
     "vocab_size",
 )
 
+#: What no decoder comes near, and arithmetic and loops over it still end.
+_MOST = 1 << 40
+_MOST_HEADS = 1 << 16
+_AS_SOURCE = "say what the source model's config.json says"
+
 _AS_HUGGING_FACE = {
     "dtype": "dtype",
     "head_dim": "head_size",
@@ -162,7 +167,36 @@ def decoder_from_config(config: Mapping[str, Json], tensors: Collection[str] | N
             "decoders with rope_gpt_neox are supported",
         )
     hugging_face = {theirs: config.get(ours) for theirs, ours in _AS_HUGGING_FACE.items()}
+    for ours in _AS_HUGGING_FACE.values():
+        _check_value(ours, config.get(ours))
+    _check_scaling(object_of(config, "rotary_scaling"))
     return from_hf({**hugging_face, "architectures": [config["architecture"]]}, **_biases_and_norms(config, tensors))
+
+
+def object_of(config: Mapping[str, Json], key: str) -> dict[str, Json]:
+    """The object under a key of `config.json`; an empty one for null. Raises RequestError for anything else."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise RequestError(f"config.json gives {key} as {value!r}", "it is an object, or null")
+    return value or {}
+
+
+def _check_value(key: str, value: Json) -> None:
+    """Refuse numbers that nobody means, NaN, infinity, hundreds of digits, and an activation without a name."""
+    most = _MOST_HEADS if key in ("num_attention_heads", "num_key_value_heads") else _MOST
+    if isinstance(value, (int, float)) and not value <= most:
+        raise RequestError(f"config.json: {key} is too large, or no number", _AS_SOURCE)
+    if key == "hidden_act" and not isinstance(value, str):
+        raise RequestError(f"config.json: {key} is {value!r}, which names no activation", _AS_SOURCE)
+
+
+def _check_scaling(scaling: Mapping[str, Json]) -> None:
+    """Everything in it is a number, or a list of them, but for the name of its kind."""
+    for key, value in scaling.items():
+        for one in value if isinstance(value, list) else [value]:
+            named = key in ("rope_type", "type")
+            if not named and one is not None and not (isinstance(one, (int, float)) and 0 <= one <= _MOST):
+                raise RequestError(f"config.json: rotary_scaling.{key} is {value!r}", _AS_SOURCE)
 
 
 def _biases_and_norms(config: Mapping[str, Json], tensors: Collection[str] | None) -> dict[str, bool]:

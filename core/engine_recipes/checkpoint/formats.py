@@ -52,10 +52,12 @@ class Scheme:
         excluded = quantization.get("exclude_modules") or []
         if not isinstance(excluded, list) or not all(isinstance(name, str) for name in excluded):
             raise RequestError(f"config.json gives exclude_modules as {excluded!r}", "it is a list of names, or null")
+        algorithms = [quantization.get(key) for key in ("quant_algo", "kv_cache_quant_algo")]
+        if not all(name is None or isinstance(name, str) for name in algorithms):
+            raise RequestError(f"config.json gives the quantization as {algorithms!r}", "they are names, or null")
         return cls(
-            quantization.get("quant_algo"),
-            quantization.get("kv_cache_quant_algo"),
-            group if isinstance(group, int) and group > 0 else 128,
+            *algorithms,
+            group if type(group) is int and group > 0 else 128,
             tuple(name for name in excluded if _is_linear(name)),
         )
 

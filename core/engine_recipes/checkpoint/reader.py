@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..decoder import Decoder
 from ..errors import RequestError
-from .config import decoder_from_config
+from .config import decoder_from_config, object_of
 from .formats import LINEARS, Scheme, stored
 from .layout import TensorSpec, layout, stage_layers
 from .safetensors import SafeFile, TensorInfo, numpy_dtype
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 #: Rotary tables that NVIDIA's converter stores. Loaders compute them again; they are no weights.
 ROPE_TABLES = ("embed_positions", "rotary_inv_freq", "embed_positions_for_gpt_attention")
-_LAYER = re.compile(r"(transformer\.layers\.)(\d+)(\..*)")
+_LAYER = re.compile(r"(transformer\.layers\.)([0-9]{1,9})(\..*)")
 _AGAIN = "build or copy the checkpoint again"
+_MOST_RANKS = 1 << 16
 
 
 class Checkpoint:
@@ -62,8 +63,14 @@ class Checkpoint:
         self.ranks: list[Mapping[str, TensorInfo]] = [file.tensors for file in self._files]
         self.decoder: Decoder = decoder_from_config(self.config, self.ranks[0])
         self.dtype: str = self.decoder.dtype
-        self.quantization: dict[str, Any] = {"quant_algo": None, **(self.config.get("quantization") or {})}
+        self.quantization: dict[str, Any] = {"quant_algo": None, **object_of(self.config, "quantization")}
         self.scheme = Scheme.from_config(self.quantization)
+        held = sum(map(len, self.ranks))
+        if self.decoder.layers > held:  # or laying them out would take for ever
+            raise RequestError(
+                f"config.json says num_hidden_layers {self.decoder.layers}, and the rank files hold {held} tensors",
+                _AGAIN,
+            )
         self._places = self._find_places()
         self._specs = self._find_specs()
 
@@ -197,9 +204,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def mapping_of(config: Mapping[str, Any]) -> tuple[int, int]:
     """(tp_size, pp_size) of a checkpoint's config; without `mapping` it is not split."""
-    mapping = config.get("mapping") or {}
+    mapping = object_of(config, "mapping")
     sizes = [mapping.get(key, 1) for key in ("tp_size", "pp_size", "cp_size")]
-    if any(type(size) is not int or size < 1 for size in sizes):
+    if any(type(size) is not int or not 1 <= size <= _MOST_RANKS for size in sizes):
         raise RequestError(f"config.json gives the mapping as {mapping!r}", _AGAIN)
     tp_size, pp_size, cp_size = sizes
     world = mapping.get("world_size", tp_size * pp_size)

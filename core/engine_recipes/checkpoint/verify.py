@@ -48,8 +48,9 @@ def verify(folder: Path, *, contents: bool = True) -> None:
 
 def _check_files(folder: Path) -> None:
     tp_size, pp_size = mapping_of(read_json(folder / "config.json"))
-    expected = {f"rank{rank}.safetensors" for rank in range(tp_size * pp_size)}
     found = {path.name for path in folder.glob("*.safetensors")}
+    count = min(tp_size * pp_size, len(found) + 1)  # if there are to be more, one of these is missing
+    expected = {f"rank{rank}.safetensors" for rank in range(count)}
     missing, stale = sorted(expected - found), sorted(found - expected)
     if missing:
         raise RequestError(f"{missing[0]} is missing in {folder}: tp_size {tp_size}, pp_size {pp_size}", _AGAIN)

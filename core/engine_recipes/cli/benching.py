@@ -10,7 +10,7 @@ import click
 from .. import bench, gate
 from ..api import Setup
 from ..bench import Settings
-from ..errors import RecipesError
+from ..errors import RecipesError, RequestError
 from ..planning import Plan
 from ..space import human_bytes
 from . import report
@@ -26,10 +26,13 @@ _NAMES = {
     "decode_tokens_per_second": "decode speed",
 }
 _DEFAULT = Settings()
+#: Of anything that is counted: prompts are made before the first is used.
+_MOST = 1_000_000
+_THREADS_A_CORE = 4  # more of them only wait, and starting them takes for ever
 
 
 def _count(name: str, least: int, text: str, default: int | None) -> Callable[[F], F]:
-    kind = click.IntRange(min=least)
+    kind = click.IntRange(least, _MOST)
     return click.option(name, type=kind, default=default, show_default=default is not None, help=text)
 
 
@@ -48,10 +51,11 @@ def bench_command(
     references: tuple[str, ...], as_json: bool, quiet: bool, setup: Setup, choices: dict[str, Any], **counts: Any
 ) -> None:
     """Measure built engines, one after another, each in a process of its own: medians and their spread."""
+    settings = Settings(**counts)
+    _check(settings, setup.facts.cpus)
     plans = [setup.plan(text, **choices) for text in references]
     for plan in plans:
         bench.find(setup, plan)  # all of them before minutes are spent on the first
-    settings = Settings(**counts)
     results: list[dict[str, Any]] = []
     failures: list[RecipesError] = []
     with reporter(quiet) as lines:
@@ -68,6 +72,21 @@ def bench_command(
     for failure in failures:
         report(failure)
     raise SystemExit(failures[0].exit_code if failures else 0)
+
+
+def _check(settings: Settings, cores: int) -> None:
+    """Refuse what this machine cannot do in any sensible time."""
+    most = _THREADS_A_CORE * cores
+    if settings.threads is not None and settings.threads > most:
+        raise RequestError(
+            f"--threads {settings.threads:,} on a machine of {cores} cores", f"{most} at most; more would only wait"
+        )
+    tokens = settings.batch * settings.prompt_tokens
+    if tokens > _MOST:
+        raise RequestError(
+            f"--batch {settings.batch:,} of --prompt-tokens {settings.prompt_tokens:,} are {tokens:,} tokens",
+            f"{_MOST:,} at most: give a smaller --batch or --prompt-tokens",
+        )
 
 
 def _measured(lines: Lines, setup: Setup, plan: Plan, settings: Settings) -> dict[str, Any]:

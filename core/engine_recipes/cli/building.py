@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ import click
 from .. import availability, events, refs, runner
 from ..api import Setup
 from ..errors import MachineError, Rejected
-from ..fallback import Attempt, Budget, run_with_fallback
+from ..fallback import Budget, Outcome, run_with_fallback
 from ..planning import STAGES, Plan
 from ..registry import Model
 from ..runner import Build, How
@@ -164,22 +164,26 @@ def build_command(
         raise click.UsageError("--until stops before validation anyway\nleave out --no-validate")
     if (until or no_validate) and (accept or fallback):
         raise click.UsageError("--accept and --fallback are about the validation\nlet it run")
+    if accept and fallback:
+        raise click.UsageError("--accept publishes what fails, --fallback builds something else\ngive one of them")
+    if max_minutes != max_minutes:  # NaN passes every range
+        raise click.UsageError("--max-minutes is no number\ngive minutes, 0 or more")
     check_reason(accept)
     how = How(until or STAGES[-1], not no_validate, force, accept)
     budget = Budget(max_builds if fallback else 0, max_minutes)
     plans = _plans(setup, references, choices, may_fetch, yes, quiet)
-    builds: list[list[Attempt]] = []
+    builds: list[Outcome] = []
     try:
         with reporter(quiet, verbose) as lines:
             for text, plan in zip(references, plans, strict=True):
                 lines.say(title(plan))
                 replan = partial(_replan, setup, text, choices)
                 builds.append(run_with_fallback(plan, setup.store, how, budget, replan, lines))
-                _conclude(lines, builds[-1][-1].build)
+                _conclude(lines, builds[-1].build)
     finally:
         if as_json:
-            print_json({"schema": 1, "builds": [_as_json(attempts) for attempts in builds]})
-    failures = [attempts[-1].build.error for attempts in builds if attempts[-1].build.error]
+            print_json({"schema": 1, "builds": [outcome.as_json() for outcome in builds]})
+    failures = [outcome.build.error for outcome in builds if outcome.build.error]
     for failure in failures:
         report(failure)
     raise SystemExit(failures[0].exit_code if failures else 0)
@@ -188,11 +192,6 @@ def build_command(
 def _replan(setup: Setup, text: str, choices: dict[str, Any], more: Mapping[str, str]) -> Plan:
     """The plan with more settings."""
     return setup.plan(text, **{**choices, "settings": {**choices["settings"], **more}})
-
-
-def _as_json(attempts: Sequence[Attempt]) -> dict[str, Any]:
-    """The last build, and what was tried before it."""
-    return {**attempts[-1].build.as_json(), "attempts": [attempt.as_json() for attempt in attempts]}
 
 
 def _plans(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from typing import Any, TypeVar
@@ -93,8 +94,16 @@ def read_settings(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def print_json(value: Mapping[str, Any]) -> None:
-    """The one document on stdout."""
-    click.echo(json.dumps(value, indent=2))
+    """The one document on stdout. JSON has no NaN and no infinity: null stands for them."""
+    click.echo(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..store import Store, write_json
-from ..types import Check, Findings, Measure, Report, Verdict
+from ..types import Check, Findings, Measure, Report, Verdict, read_verdict
 
 VALIDATION = "validation.json"
 _ORDER: tuple[Verdict, ...] = ("fail", "warn", "pass")
@@ -94,7 +94,7 @@ def found(engine: Path, key: str) -> Findings | None:
     data = _read(engine)
     try:
         return Findings.from_json(data["findings"]) if data["key"] == key else None
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError):
         return None
 
 
@@ -102,12 +102,14 @@ def read(engine: Path) -> Report | None:
     """The last verdict on an engine; None if there is none that can be read."""
     data = _read(engine)
     try:
-        findings = Findings.from_json(data["findings"])
-        checks = tuple(Check(**check) for check in data["checks"])
+        findings = Findings.from_json({**data["findings"], "checks": data["checks"]})
         metrics = {measure.name: measure.value for measure in findings.measures}
-        known = findings.samples, findings.layers, data["accepted"] or "", findings.seconds
-        return Report(data["verdict"], metrics, checks, *known)
-    except (KeyError, TypeError, ValueError, AttributeError):
+        accepted = data["accepted"]
+        if not (accepted is None or isinstance(accepted, str)):
+            return None
+        known = findings.samples, findings.layers, accepted or "", findings.seconds
+        return Report(read_verdict(data["verdict"]), metrics, findings.checks, *known)
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError):
         return None
 
 
@@ -132,6 +134,6 @@ def _newest_good(store: Store, plain: Path, without: Path) -> Path | None:
 def _read(engine: Path) -> dict[str, Any]:
     try:
         data = json.loads((engine / VALIDATION).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}

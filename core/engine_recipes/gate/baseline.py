@@ -50,7 +50,7 @@ class Baseline:
         vocabulary: how wide the source's logits are.
         texts: token ids of each text that has two or more.
         summaries: of the logits over each of them.
-        answers: one a prompt.
+        answers: one a prompt; None where the prompt did not fit.
     """
 
     about: Mapping[str, Any]
@@ -60,7 +60,7 @@ class Baseline:
     vocabulary: int
     texts: tuple[tuple[int, ...], ...]
     summaries: tuple[Summary, ...]
-    answers: tuple[Answer, ...]
+    answers: tuple[Answer | None, ...]
 
 
 def record(
@@ -80,11 +80,14 @@ def record(
         runtime: the source, giving logits.
         window: each text is cut to this many tokens, and to what the runtime takes.
         max_tokens: of each answer.
-        about: kept as it is. JSON.
+        about: kept as it is, with what the runtime tells of itself (attribute `about`, if it has one). JSON.
 
     Raises:
-        RequestError: the runtime gives no logits, or no text has two tokens.
+        RequestError: the runtime gives no logits, no text has two tokens, or no prompt fits.
     """
+    prompts = encoded(tokenizer, material)
+    if prompts and not any(fits(prompt, runtime, max_tokens) for prompt in prompts):
+        raise _too_long(prompts, runtime, max_tokens)
     cuts = (fitted(tokenizer.encode(text), runtime)[:window] for text in material.texts)
     texts = [ids for ids in cuts if len(ids) > 1]
     if not texts:
@@ -98,11 +101,11 @@ def record(
         summaries.append(summarise(logits, ids))
         vocabulary = logits.shape[1]
         del logits  # before the next ones: they are as large as the texts are long
-    answers = answer(runtime, tokenizer, encoded(tokenizer, material), max_tokens)
+    answers = answer(runtime, tokenizer, prompts, max_tokens)
     _write_tensors(out / TENSORS, summaries)
     facts = {
         "schema": SCHEMA,
-        "about": dict(about),
+        "about": {**about, **getattr(runtime, "about", {})},
         "digest": material.digest,
         "window": window,
         "max_tokens": max_tokens,
@@ -111,7 +114,7 @@ def record(
             {"ids": ids, "log_likelihood": float(summary.scored.sum(dtype="float64"))}
             for ids, summary in zip(texts, summaries, strict=True)
         ],
-        "answers": [vars(said) for said in answers],
+        "answers": [said and vars(said) for said in answers],
     }
     write_json(out / FACTS, facts)
 
@@ -128,7 +131,9 @@ def read(folder: Path) -> Baseline:
             raise ValueError(f"schema {facts['schema']}, this version reads {SCHEMA}")
         texts = tuple(tuple(map(int, text["ids"])) for text in facts["texts"])
         answers = tuple(
-            Answer(tuple(map(int, said["prompt_ids"])), tuple(map(int, said["ids"])), str(said["text"]))
+            None
+            if said is None
+            else Answer(tuple(map(int, said["prompt_ids"])), tuple(map(int, said["ids"])), str(said["text"]))
             for said in facts["answers"]
         )
         summaries = _read_tensors(folder / TENSORS, [len(ids) - 1 for ids in texts])
@@ -149,23 +154,41 @@ def encoded(tokenizer: Tokenizer, material: Material) -> list[list[int]]:
         return [tokenizer.encode(prompt.text) for prompt in material.prompts]
 
 
-def answer(runtime: Runtime, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Answer]:
-    """Greedy answers, each ended by one of the tokenizer's `stop_ids` or after `max_tokens`."""
-    said = []
+def answer(
+    runtime: Runtime, tokenizer: Tokenizer, prompts: Sequence[Sequence[int] | None], max_tokens: int
+) -> list[Answer | None]:
+    """Greedy answers, each ended by one of the tokenizer's `stop_ids` or after `max_tokens`.
+
+    None for a prompt that is None or does not fit: one that is cut would be another prompt.
+    """
+    said: list[Answer | None] = []
     for number, prompt in enumerate(prompts):
         events.progress("answering prompts", number, len(prompts), "prompts")
-        asked = fitted(prompt, runtime, max_tokens)
-        ids = tuple(runtime.generate(asked, Sampling(max_tokens), tokenizer.stop_ids)) if asked else ()
+        if prompt is None or not fits(prompt, runtime, max_tokens):
+            said.append(None)
+            continue
+        ids = tuple(runtime.generate(list(prompt), Sampling(max_tokens), tokenizer.stop_ids)) if prompt else ()
         said.append(Answer(tuple(prompt), ids, tokenizer.decode(ids)))
     return said
 
 
-def fitted(ids: Sequence[int], runtime: Runtime, room: int = 0) -> list[int]:
-    """What of `ids` a runtime takes when `room` tokens follow: of a text its start, of a prompt, with room, its end."""
+def fits(prompt: Sequence[int], runtime: Runtime, max_tokens: int) -> bool:
+    """Whether a runtime takes a prompt and `max_tokens` of an answer; one without `max_seq_len` takes any."""
     most = getattr(runtime, "max_seq_len", None)
-    if most is None or len(ids) + room <= most:
-        return list(ids)
-    return list(ids[-max(most - room, 1) :] if room else ids[:most])
+    return most is None or len(prompt) + max_tokens <= most
+
+
+def fitted(text: Sequence[int], runtime: Runtime) -> list[int]:
+    """The start of a text, as much as a runtime takes: `max_seq_len` tokens, all if it has no such attribute."""
+    return list(text[: getattr(runtime, "max_seq_len", None)])
+
+
+def _too_long(prompts: Sequence[Sequence[int]], runtime: Runtime, max_tokens: int) -> RequestError:
+    most, shortest = getattr(runtime, "max_seq_len", 0), min(map(len, prompts))
+    return RequestError(
+        f"no prompt fits the model's {most:,} tokens with gate.max_tokens {max_tokens:,}",
+        f"the shortest has {shortest:,}: make --set gate.max_tokens=… smaller, or give shorter ones with gate.texts",
+    )
 
 
 def _write_tensors(path: Path, summaries: Sequence[Summary]) -> None:

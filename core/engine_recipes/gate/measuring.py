@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from .. import events
+from ..errors import MachineError
 from ..host import Host
 from ..tokenizer import Tokenizer
 from ..types import (
@@ -20,6 +21,7 @@ from ..types import (
     Findings,
     Measure,
     Provider,
+    Runtime,
     StageContext,
 )
 from . import texts
@@ -36,7 +38,7 @@ def record(host: Host, provider: Provider, context: StageContext) -> dict[str, A
     with open_source(context.input(HF_CHECKPOINT)) as source:
         tokenizer = Tokenizer.load(source.folder)
     events.progress("loading the source", 0, 0, "")
-    with TemporaryDirectory(prefix="engine-recipes-") as scratch:
+    with TemporaryDirectory(prefix=".tmp-", dir=context.out) as scratch:  # the source again, it may be large
         runtime = host.load_source(provider, replace(context, out=Path(scratch)))
         try:
             about = {"reference": str(provider)}
@@ -51,9 +53,23 @@ def measure(host: Host, providers: Sequence[Provider], context: StageContext, cl
 
     Args:
         providers: family, precision and engine.
-        claims: `algorithm` and `bits` of the precision; `not_compared`: why there is no baseline.
+        claims: `algorithm`, `bits` and `gives` of the precision; `not_compared`: why there is no baseline.
+
+    Raises:
+        MachineError: this machine cannot run it, which is not the engine's fault.
     """
-    findings = _artifact(context, claims) + _behaviour(host, providers[-1], context, claims["not_compared"])
+    findings = _artifact(context, claims)
+    try:
+        runtime = host.load_engine(providers[-1], context.inputs[0].path, {})
+    except MachineError:
+        raise
+    except Exception as error:  # an engine's own code, on files that may be damaged
+        note = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return findings + Findings(checks=(Check("engine loads", "fail", note=note),))
+    try:
+        findings += _behaviour(runtime, context, claims["not_compared"])
+    finally:
+        runtime.close()
     answers = host.validate(context)
     measures = tuple(answer for answer in answers if isinstance(answer, Measure))
     return findings + Findings(measures, tuple(answer for answer in answers if isinstance(answer, Check)))
@@ -69,40 +85,32 @@ def _sizes(context: StageContext) -> dict[str, Any]:
 
 
 def _artifact(context: StageContext, claims: Mapping[str, Any]) -> Findings:
-    """The checkpoint's weights and settings, before anything is run."""
-    kinds = {artifact.kind for artifact in context.inputs}
-    if TRTLLM_CHECKPOINT not in kinds:
-        return Findings()
+    """Tokenizer, and the checkpoint's weights and settings, before anything is run."""
     from ..checkpoint import open_source, read_statistics
     from . import artifact
 
-    statistics = read_statistics(context.input(CALIBRATION).path) if CALIBRATION in kinds else None
+    kinds = {given.kind for given in context.inputs}
     with open_source(context.input(HF_CHECKPOINT)) as source:
-        found = artifact.examine(
-            context.input(TRTLLM_CHECKPOINT).path,
-            source,
-            algorithm=claims["algorithm"],
-            bits=claims["bits"],
-            statistics=statistics,
-        )
-        return found + Findings(checks=(artifact.tokenizer_check(source.folder, context.inputs[0].path),))
+        found = Findings(checks=(artifact.tokenizer_check(source.folder, context.inputs[0].path),))
+        if claims["gives"] != TRTLLM_CHECKPOINT:
+            note = f"how a {claims['gives']} stores them is not known here"
+            return found + Findings(checks=(Check("weights compared", "not run", note=note),))
+        if TRTLLM_CHECKPOINT not in kinds:
+            note = "the checkpoint it was made from is not here: weights, scales and settings were not compared"
+            return found + Findings(checks=(Check("weights compared", "warn", note=note),))
+        statistics = read_statistics(context.input(CALIBRATION).path) if CALIBRATION in kinds else None
+        folder, bits = context.input(TRTLLM_CHECKPOINT).path, claims["bits"]
+        return found + artifact.examine(folder, source, algorithm=claims["algorithm"], bits=bits, statistics=statistics)
 
 
-def _behaviour(host: Host, engine: Provider, context: StageContext, not_compared: str) -> Findings:
+def _behaviour(runtime: Runtime, context: StageContext, not_compared: str) -> Findings:
     """What the engine computes and says."""
+    from . import baseline, behaviour
+
     folder = context.inputs[0].path
     if not (folder / "tokenizer.json").is_file():
         return Findings(checks=(Check("engine speaks", "warn", note="there is no tokenizer: it was not run"),))
-    from . import baseline, behaviour
-
     known = next((baseline.read(given.path) for given in context.inputs if given.kind == BASELINE), None)
-    events.progress("loading the engine", 0, 0, "")
-    runtime = host.load_engine(engine, folder, {})
-    try:
-        tokenizer = Tokenizer.load(folder)
-        sizes = _sizes(context)
-        return behaviour.observe(
-            runtime, tokenizer, material(context), known, **sizes, not_compared=not_compared or "there is no baseline"
-        )
-    finally:
-        runtime.close()
+    why = not_compared or "there is no baseline"
+    tokenizer, sizes = Tokenizer.load(folder), _sizes(context)
+    return behaviour.observe(runtime, tokenizer, material(context), known, **sizes, not_compared=why)

@@ -9,6 +9,7 @@ tables and the KV cache. Options of the runtime: `threads` (0: one for each phys
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,7 @@ def load_source(context: StageContext) -> OnnxRuntime:
     with checkpoint.open_checkpoint(converted) as weights:
         longest = lower(weights, lowered)
         write_config(lowered, weights.decoder, "cpu", longest, source_settings(context))
+    shutil.rmtree(converted)  # twice as large as the source
     return OnnxRuntime(lowered, {})
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine_recipes import MachineError, RequestError, Sampling
+from engine_recipes import MachineError, RequestError, Sampling, StageFailed
 
 from .graph import MODEL, ROUNDING
 
@@ -33,7 +33,8 @@ class OnnxRuntime:
 
     Raises:
         RequestError: this is no such engine, or an option is wrong.
-        MachineError: onnxruntime cannot load it here.
+        StageFailed: the model is damaged.
+        MachineError: onnxruntime cannot load it on this GPU.
     """
 
     def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
@@ -266,7 +267,8 @@ def _session(model: Path, threads: int, wants_cuda: bool) -> Any:
     except Exception as error:  # onnxruntime's own classes are not public
         hint = "install onnxruntime-gpu, or build with --target cpu" if wants_cuda else "build the engine again"
         first = str(error).strip().splitlines()[0]
-        raise MachineError(f"onnxruntime {onnxruntime.__version__} cannot load {model.name}: {first}", hint) from error
+        kind = MachineError if wants_cuda else StageFailed  # on a CPU it can only be the file
+        raise kind(f"onnxruntime {onnxruntime.__version__} cannot load {model.name}: {first}", hint) from error
 
 
 def _buffer(shape: tuple[int, ...], dtype: str, device: str) -> Any:

@@ -14,7 +14,7 @@ import pytest
 import lowered
 import smollm2
 import tiny
-from engine_recipes import Artifact, Check, MachineError, RequestError, StageContext, testing
+from engine_recipes import Artifact, Check, RequestError, StageContext, StageFailed, testing
 from engine_recipes.tokenizer import Tokenizer, copy_tokenizer
 from engine_recipes.types import Sampling
 from engine_recipes_engines import onnxruntime as engine
@@ -150,7 +150,7 @@ def test_an_engine_that_cannot_be_loaded_is_two_lines(
     broken = tmp_path / "engine"
     shutil.copytree(folder, broken)
     (broken / MODEL).write_bytes(b"nonsense")
-    with pytest.raises(MachineError, match=r"cannot load model\.onnx") as caught:
+    with pytest.raises(StageFailed, match=r"cannot load model\.onnx") as caught:
         OnnxRuntime(broken, {})
     assert "\n" not in caught.value.message
     assert caught.value.hint == "build the engine again"
