@@ -27,8 +27,7 @@ from engine_recipes.api import open_setup
 COMMANDS = (
     "recipes build smollm2-135m:fp16",
     'recipes run smollm2-135m:fp16 "What is the capital of France?"',
-    "recipes build smollm2-135m:fp8",
-    "recipes list --model smollm2-135m",
+    "recipes build smollm2-135m:int4-wo",
     "recipes build smollm2-135m:fp61",
 )
 COLUMNS, LINES = 104, 60

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -114,8 +115,8 @@ def test_prompts_are_ordinary_tokens_and_the_same_each_time(tmp_path: Path) -> N
     assert {token for prompt in prompts for token in prompt} == set(range(3, 40))  # 0, 1 and 2 are special
 
 
-def result(batch: int, value: int) -> dict[str, Any]:
-    return {"settings": {"batch": batch}, "value": value}
+def result(batch: int, value: float) -> dict[str, Any]:
+    return {"settings": {"batch": batch}, "metrics": {"load_seconds": spread([value])}, "machine": {"gpus": []}}
 
 
 def test_an_engine_keeps_the_last_result_of_each_setting_and_no_more_than_ten(tmp_path: Path) -> None:
@@ -141,3 +142,28 @@ def test_resident_memory_follows_what_is_used() -> None:
     before = bench.rss_bytes()
     held = np.ones(64 << 20, np.uint8)
     assert bench.rss_bytes() - before > 0.9 * held.nbytes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"settings": 5},
+        {"settings": {"batch": "1"}},
+        {"settings": {"batch": {}}},
+        {"settings": {"batch": 10**400}},
+        {"metrics": 5},
+        {"metrics": {"load_seconds": "fast"}},
+        {"metrics": {"load_seconds": {"median": 1.0}}},
+        {"metrics": {"load_seconds": {**spread([1.0]), "max": None}}},
+        {"metrics": {"peak_rss_bytes": math.nan}},
+        {"metrics": {"load_seconds": {**spread([1.0]), "iqr": math.inf}}},
+        {"machine": None},
+        {"machine": {"gpus": None}},
+        {"machine": {"gpus": [], "load_average": math.nan}},
+        {"machine": {"gpus": [], "cpu": "\ud800"}},
+    ],
+)
+def test_a_damaged_result_is_left_out_and_the_others_stay(tmp_path: Path, changes: dict[str, Any]) -> None:
+    good = result(1, 1)
+    (tmp_path / "bench.json").write_text(json.dumps({"benches": [{**good, **changes}, good, 5, {}, None]}))
+    assert bench.read(tmp_path) == [good]

@@ -138,11 +138,12 @@ def _is_sound(bench: Any) -> bool:
     """Whether what others rely on is there and of its type, and every number is one that JSON has."""
     try:
         settings, metrics, machine = bench["settings"], bench["metrics"], bench["machine"]
-        numbers = [number for number in (*settings.values(), *metrics.values()) if not isinstance(number, dict)]
-        spreads = [spread for spread in metrics.values() if isinstance(spread, dict)]
+        numbers = [value for value in settings.values() if value is not None]
+        numbers += [value for value in metrics.values() if not (value is None or isinstance(value, dict))]
+        spreads = [value for value in metrics.values() if isinstance(value, dict)]
         numbers += [spread[name] for spread in spreads for name in ("median", "min", "max", "iqr")]
         json.dumps(bench, allow_nan=False, ensure_ascii=False).encode()
-        return isinstance(machine["gpus"], list) and all(n is None or abs(n) < _LARGEST for n in numbers)
+        return isinstance(machine["gpus"], list) and all(abs(number) < _LARGEST for number in numbers)
     except (KeyError, TypeError, ValueError, AttributeError):
         return False
 

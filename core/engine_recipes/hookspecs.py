@@ -132,7 +132,7 @@ def load_source(context: StageContext) -> Runtime:
             meanwhile; it is removed afterwards.
 
     Returns:
-        A Runtime that gives `logits`.
+        A Runtime that gives `logits`. Its attribute `about` (str to str), if it has one, is kept with the baseline.
 
     Raises:
         RequestError: this reference does not know the model.

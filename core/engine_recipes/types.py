@@ -293,7 +293,10 @@ class Sampling:
 
 
 class Runtime(Protocol):
-    """A loaded engine. Works on token ids; text is the tokenizer's business."""
+    """A loaded engine. Works on token ids; text is the tokenizer's business.
+
+    It may have an attribute `max_seq_len`: most tokens of a prompt and its answer.
+    """
 
     def generate(self, prompt: Sequence[int], sampling: Sampling, stop: frozenset[int] = frozenset()) -> Iterator[int]:
         """Yield new token ids, one by one. Ends after `max_tokens`, or before the first id in `stop`."""

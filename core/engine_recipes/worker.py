@@ -80,9 +80,10 @@ def perform(call: Mapping[str, Any]) -> Any:
 
     if context.stage == "baseline":
         found = measuring.record(host, providers[0], context)
-        _check_data(context, call["data"])
-        return found
-    return measuring.measure(host, providers, context, call["claims"]).as_json()
+    else:
+        found = measuring.measure(host, providers, context, call["claims"]).as_json()
+    _check_data(context, call["data"])
+    return found
 
 
 def _check(host: Host, call: Mapping[str, Any]) -> None:

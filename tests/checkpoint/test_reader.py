@@ -129,9 +129,19 @@ def test_more_layers_than_the_stage_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "mapping", [{"tp_size": 0}, {"tp_size": "2"}, {"world_size": 4, "tp_size": 2}, {"cp_size": 2, "world_size": 2}]
+    "mapping",
+    [
+        {"tp_size": 0},
+        {"tp_size": "2"},
+        {"tp_size": 10**9},
+        {"world_size": 4, "tp_size": 2},
+        {"cp_size": 2, "world_size": 2},
+        "x",
+        [1],
+        5,
+    ],
 )
-def test_a_mapping_that_makes_no_sense(tmp_path: Path, mapping: dict[str, object]) -> None:
+def test_a_mapping_that_makes_no_sense(tmp_path: Path, mapping: object) -> None:
     out = built(tmp_path)
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "mapping": mapping}))
@@ -146,3 +156,10 @@ def test_a_minimal_mapping_is_enough(tmp_path: Path) -> None:
     (out / "config.json").write_text(json.dumps(config))
     with open_checkpoint(out) as checkpoint:
         assert set(checkpoint.names()) and checkpoint.quantization == {"quant_algo": None}
+
+
+def test_a_layer_of_a_thousand_digits_is_a_tensor_like_any_other(tmp_path: Path) -> None:
+    out, name = built(tmp_path), f"transformer.layers.{'9' * 5000}.x"
+    add(out, 0, {name: np.ones(1, np.float32)})
+    with open_checkpoint(out) as checkpoint:
+        assert checkpoint.array(name).tolist() == [1.0]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -218,3 +219,43 @@ def test_of_an_unknown_algorithm_only_what_all_share_is_checked(
     change(out, **{NORM: np.ones(64, np.float16), FC: None})
     with pytest.raises(StageFailed, match=r"lacks transformer\.layers\.0\.mlp\.fc\.weight"):
         verify(out)
+
+
+NONSENSE: dict[str, tuple[dict[str, object], str]] = {
+    "a word for the mapping": ({"mapping": "x"}, "gives mapping as 'x'"),
+    "more ranks than there are": (
+        {"mapping": {"tp_size": 60_000, "pp_size": 60_000}},
+        r"rank2\.safetensors is missing",
+    ),
+    "ranks beyond all bounds": ({"mapping": {"tp_size": 10**9}}, "gives the mapping as"),
+    "a word for the quantization": ({"quantization": "x"}, "gives quantization as 'x'"),
+    "an algorithm that is a list": ({"quantization": {"quant_algo": ["FP8"]}}, r"names \['FP8'\] as a quantization"),
+    "a cache that is a number": ({"quantization": {"kv_cache_quant_algo": 8}}, "names 8 as a quantization"),
+    "a billion layers": ({"num_hidden_layers": 10**9}, "says num_hidden_layers 1000000000, and the rank files hold"),
+    "a billion heads": ({"num_attention_heads": 10**9}, "num_attention_heads is too large"),
+    "layers with a fraction": ({"num_hidden_layers": 3.0}, r"num_hidden_layers is 3\.0"),
+    "a width that is true": ({"hidden_size": True}, "hidden_size is True"),
+    "a negative vocabulary": ({"vocab_size": -300}, "vocab_size is -300"),
+    "a vocabulary of hundreds of digits": ({"vocab_size": 10**400}, "vocab_size is too large"),
+    "a vocabulary that no file holds": ({"vocab_size": 10**9}, "has shape"),
+    "a rope base that is no number": ({"rotary_base": float("nan")}, "rotary_base is too large, or no number"),
+    "a rope base without end": ({"rotary_base": float("inf")}, "rotary_base is too large, or no number"),
+    "a word for the rope scaling": ({"rotary_scaling": "x"}, "gives rotary_scaling as 'x'"),
+    "a word in the rope scaling": (
+        {"rotary_scaling": {"rope_type": "yarn", "factor": 4, "beta_fast": "x"}},
+        r"rotary_scaling\.beta_fast is 'x'",
+    ),
+    "an activation without a name": ({"hidden_act": ["silu"]}, r"hidden_act is \['silu'\]"),
+}
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_a_config_of_nonsense_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    out = built(tmp_path, tp_size=2)
+    changes, message = NONSENSE[name]
+    replace_in_config(out, **changes)
+    start = time.perf_counter()
+    with pytest.raises(StageFailed, match=message) as caught:
+        verify(out, contents=False)
+    assert caught.value.hint
+    assert time.perf_counter() - start < 1

@@ -73,6 +73,15 @@ def test_a_missing_package_is_said_with_what_installs_it(toy_model: Path, recipe
         ([REF, "--repeat", "0"], "Invalid value for '--repeat'"),
         ([REF, "--batch", "0"], "Invalid value for '--batch'"),
         ([REF, "--new-tokens", "1"], "Invalid value for '--new-tokens'"),
+        *(
+            ([REF, option, "1000001"], f"Invalid value for '{option}'")
+            for option in ("--batch", "--prompt-tokens", "--new-tokens", "--warmup", "--repeat")
+        ),
+        ([REF, "--threads", "100000"], "--threads 100,000 on a machine of "),
+        (
+            [REF, "--batch", "1000", "--prompt-tokens", "1001"],
+            "--batch 1,000 of --prompt-tokens 1,001 are 1,001,000 tokens",
+        ),
         (["no-such-model"], "no model named 'no-such-model'"),
     ],
 )

@@ -197,10 +197,9 @@ def test_prompts_that_an_engine_cannot_take_are_left_out_and_not_cut(source: Pat
     runtime, most = narrow(source, sorted(needs)[2]), sorted(needs)[2]
     if with_baseline:
         found = look(source, runtime)
-        assert (
-            by_name(found)["greedy_prefix"].value == 1 and by_name(found)["greedy_prefix"].note == "mean of 3 answers"
-        )
-        assert all(by_name(found)[name].value == by_name(found)[name].base for name in HEALTH)
+        measures = by_name(found)
+        assert (measures["greedy_prefix"].value, measures["greedy_prefix"].note) == (1, "mean of 3 answers")
+        assert all(measures[name].value == measures[name].base for name in HEALTH)
     else:
         found = observe(runtime, Tokenizer.load(source), MATERIAL, None, **SIZES)
         assert by_name(found).keys() == set(HEALTH)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -169,3 +171,97 @@ def test_judging_leaves_names_outside_the_workspace_alone(toy_model: Path, recip
     assert recipes("validate", deployed, *strict).code == 5
     assert link.is_symlink()
     assert recipes("validate", Path(shutil.copytree(engine, tmp_path / "plain")), *strict).code == 5
+
+
+def spoilt(folder: Path, *path: str | int, value: object) -> Path:
+    """A verdict's file in which one value is another."""
+    findings = Findings(
+        (Measure("kl", 0.2, 0.1, "n"),), (Check("c", "pass", 1.0, 2.0),), ({"prompt": "p"},), {"layer": 0.5}, 3.0
+    )
+    gate.write(folder, "key", findings, gate.judge(findings, {"kl": KL}, "a demo"))
+    data = json.loads((folder / "validation.json").read_text())
+    inner = data
+    for step in path[:-1]:
+        inner = inner[step]
+    inner[path[-1]] = value
+    (folder / "validation.json").write_text(json.dumps(data))
+    return folder
+
+
+JUDGED: list[tuple[tuple[str | int, ...], object]] = [
+    (("verdict",), "bogus"),
+    (("verdict",), ["pass"]),
+    (("accepted",), 1),
+    (("checks",), 5),
+    (("checks", 0), ["c"]),
+    (("checks", 0, "verdict"), "good"),
+    (("checks", 0, "name"), 1),
+    (("checks", 0, "note"), None),
+    (("checks", 0, "value"), "1"),
+    (("checks", 0, "limit"), []),
+]
+FOUND: list[tuple[tuple[str | int, ...], object]] = [
+    (("samples",), [5]),
+    (("samples",), [{"prompt": 1}]),
+    (("samples",), [{"prompt": "\ud800"}]),
+    (("measures", 0, "value"), None),
+    (("measures", 0, "value"), True),
+    (("measures", 0, "value"), "0.2"),
+    (("measures", 0, "value"), 10**400),
+    (("measures", 0, "base"), [1]),
+    (("measures", 0, "name"), None),
+    (("measures", 0, "note"), 5),
+    (("measures", 0, "more"), 5),
+    (("layers",), [1]),
+    (("layers", "layer"), None),
+    (("seconds",), "nan"),
+    (("seconds",), None),
+]
+
+
+@pytest.mark.parametrize(("path", "value"), JUDGED)
+def test_a_verdict_of_another_type_is_none_and_what_was_measured_stays(
+    tmp_path: Path, path: tuple[str | int, ...], value: object
+) -> None:
+    spoilt(tmp_path, *path, value=value)
+    assert gate.read(tmp_path) is None
+    assert gate.found(tmp_path, "key") is not None
+
+
+@pytest.mark.parametrize(("path", "value"), FOUND)
+def test_a_measurement_of_another_type_is_none(tmp_path: Path, path: tuple[str | int, ...], value: object) -> None:
+    spoilt(tmp_path, "findings", *path, value=value)
+    assert gate.read(tmp_path) is None
+    assert gate.found(tmp_path, "key") is None
+
+
+def test_a_verdict_that_is_nested_without_end_is_none(tmp_path: Path) -> None:
+    (tmp_path / "validation.json").write_text("[" * 100_000)
+    assert gate.read(tmp_path) is None
+
+
+def test_commands_take_a_spoilt_verdict_for_none(toy_model: Path, recipes: Recipes) -> None:
+    engine = Path(recipes("build", REF, "--json").json["builds"][0]["engine_dir"])
+    spoilt(engine, "verdict", value=["x"])
+    for command in (("engines",), ("compare", REF), ("compare", REF, "--json", "--html", "page.html")):
+        assert recipes(*command).code == 0
+    (build,) = recipes("build", REF, "--json").json["builds"]
+    assert build["validation"]["verdict"] == "pass"
+    report = gate.read(engine)
+    assert report is not None and report.verdict == "pass"
+
+
+def test_numbers_that_json_lacks_are_null_in_every_document(toy_model: Path, recipes: Recipes) -> None:
+    engine = Path(recipes("build", REF, "--json").json["builds"][0]["engine_dir"])
+    key = json.loads((engine / "validation.json").read_text())["key"]
+    findings = Findings((Measure("mine", math.nan, math.inf),), (Check("c", "pass", math.nan, -math.inf),))
+    gate.write(engine, key, findings, gate.judge(findings, {}))
+    short = ("--prompt-tokens", "4", "--new-tokens", "2", "--repeat", "1")
+    for command in (("build", REF), ("validate", REF), ("compare", REF), ("engines",), ("bench", REF, *short)):
+        ran = recipes(*command, "--json")
+        assert ran.code == 0, ran.err
+        assert not {"NaN", "Infinity"} & set(re.findall(r"\w+", ran.out))
+        told = ran.json.get("builds") or [e for model in ran.json.get("models", ()) for e in model["engines"]]
+        for one in told:
+            judged = one.get("validation", one)
+            assert (judged["metrics"], judged["checks"][0]["value"]) == ({"mine": None}, None)

@@ -52,11 +52,13 @@ class Scheme:
         excluded = quantization.get("exclude_modules") or []
         if not isinstance(excluded, list) or not all(isinstance(name, str) for name in excluded):
             raise RequestError(f"config.json gives exclude_modules as {excluded!r}", "it is a list of names, or null")
-        algorithms = [quantization.get(key) for key in ("quant_algo", "kv_cache_quant_algo")]
-        if not all(name is None or isinstance(name, str) for name in algorithms):
-            raise RequestError(f"config.json gives the quantization as {algorithms!r}", "they are names, or null")
+        algorithm, cache = (quantization.get(key) for key in ("quant_algo", "kv_cache_quant_algo"))
+        for name in (algorithm, cache):
+            if name is not None and not isinstance(name, str):
+                raise RequestError(f"config.json names {name!r} as a quantization", "it is a name, or null")
         return cls(
-            *algorithms,
+            algorithm,
+            cache,
             group if type(group) is int and group > 0 else 128,
             tuple(name for name in excluded if _is_linear(name)),
         )

@@ -132,7 +132,7 @@ def _left_out(count: int, of: int, max_tokens: int) -> Findings:
     if not count:
         return Findings()
     what = f"{count} of {of} prompts were not asked" if count < of else "no prompt was asked, no answer measured"
-    note = f"{what}: source or engine does not take the prompt and {max_tokens:,} tokens of an answer"
+    note = f"{what}: with {max_tokens:,} tokens of an answer, source or engine takes no prompt so long"
     return Findings(checks=(Check("prompts that fit", "warn", of - count, note=note),))
 
 
