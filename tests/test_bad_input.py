@@ -217,3 +217,25 @@ def test_two_packages_that_claim_one_name_stop_only_its_use(
     assert ran.error[0] == "precision 'odd' is claimed by acme-one 0.3 and acme-two 0.3"
     assert "uninstall one" in ran.error[1]
     assert recipes("build", "./model:fp16", "--until", "stage1").code == 0
+
+
+def test_a_checkpoint_made_elsewhere_whose_config_is_nonsense_is_rejected(
+    model: Path, recipes: Recipes, tmp_path: Path
+) -> None:
+    (built,) = recipes("build", "./model:fp16", "--until", "stage1", "--json").json["builds"]
+    theirs = Path(shutil.copytree(built["checkpoint_dir"], tmp_path / "theirs"))
+    (theirs / "manifest.json").unlink()
+    good = (theirs / "config.json").read_text()
+    nonsense: list[tuple[str, object]] = [
+        ("mapping", "x"),
+        ("quantization", "x"),
+        ("num_hidden_layers", 10**9),
+        ("rotary_base", float("nan")),
+    ]
+    for key, value in nonsense:
+        edit(theirs / "config.json", **{key: value})
+        ran = recipes("validate", theirs, "--source", "./model", "--json")
+        assert (ran.code, ran.out) == (5, "")
+        assert key in ran.error[0]
+        assert ran.error[1]
+        (theirs / "config.json").write_text(good)

@@ -194,7 +194,8 @@ def _source(store: Store, key: str, manifest: Mapping[str, Any]) -> Source:
     """The source as the resolve stage found it, and as the gate knows it."""
     artifact = next((a for a in manifest.get("inputs", []) if a["key"] == key), None)
     located = read_json(Path(artifact["path"]) / "source.json") if artifact else {}
-    said = manifest.get("source") or {}
+    said = manifest.get("source")
+    said = said if isinstance(said, dict) else {}
     folder = Path(located.get("folder") or "/nowhere")
     config = read_json(folder / "config.json")
     reference, perplexity = _baseline(store, key)

@@ -171,7 +171,7 @@ def rope_settings(config: Mapping[str, Json]) -> tuple[float, dict[str, Json] | 
     scaling = dict(parameters if parameters is not None else config.get("rope_scaling") or {})
     theta = scaling.pop("rope_theta", None)
     theta = config.get("rope_theta") if theta is None else theta
-    if not isinstance(theta, (int, float)) or isinstance(theta, bool) or theta <= 1:
+    if not isinstance(theta, (int, float)) or isinstance(theta, bool) or not 1 < theta < 1e300:
         raise RequestError(
             f"config.json gives no rope base (rope_theta is {theta!r})",
             "add rope_theta, or rope_parameters.rope_theta, as in the original model's config.json",

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pluggy
 
 from . import hookspecs
 from .decoder import Decoder
 from .errors import MachineError, StageFailed
-from .types import Check, Measure, Provider, Report, Runtime, StageContext, Value, Verdict
+from .types import Check, Findings, Measure, Provider, Report, Runtime, StageContext, Value
 
 
 class Host:
@@ -93,7 +93,7 @@ class Host:
             others = [plugin for other, plugin in plugins if other != name]
             answers = _first(self._manager.subset_hook_caller("validate", others)(context=context)) or ()
             for answer in answers:
-                if not isinstance(answer, Measure) and getattr(answer, "verdict", None) not in get_args(Verdict):
+                if not _is_answer(answer):
                     raise StageFailed(
                         f"validate of {name} answered {answer!r}, which is no Check and no Measure",
                         "report this to the authors of that plugin",
@@ -113,6 +113,16 @@ class Host:
 
 
 _HOOKS = tuple(name for name, hook in vars(hookspecs).items() if hasattr(hook, f"{hookspecs.NAME}_spec"))
+
+
+def _is_answer(answer: Any) -> bool:
+    """Whether it is a Check or a Measure whose fields have their types: it must survive being written and read."""
+    try:
+        found = Findings((answer,)) if isinstance(answer, Measure) else Findings(checks=(answer,))
+        Findings.from_json(found.as_json())
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError):
+        return False
+    return True
 
 
 def _first(results: list[Any]) -> Any:

@@ -161,7 +161,7 @@ def _quality_plot(pairs: Pairs, group: Group) -> Html:
         distance = engine.metric("mean_kl")
         if distance is not None and distance == distance:
             words = f"{mark.letter} {mark.name}: {human_bytes(engine.bytes)}, KL {small(distance)}"
-            dots.append(Dot(mark, engine.bytes, max(distance, _LEAST_KL), words))
+            dots.append(Dot(mark, engine.bytes, min(max(distance, _LEAST_KL), 1e6), words))
     if not dots:
         return _figure(title, _does("No engine here was compared with its source", "validate"))
     labels = ("size on disk", "mean KL, nats a token")

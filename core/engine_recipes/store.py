@@ -241,14 +241,42 @@ class Store:
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest, or None if there is none that can be read."""
-    return read_json(folder / MANIFEST) or None
+    manifest = read_json(folder / MANIFEST)
+    return manifest if manifest and _is_manifest(manifest) else None
+
+
+#: What may be asked of the fields of a manifest that lies in a folder from elsewhere.
+_FIELDS: Mapping[str, tuple[type, ...]] = {
+    "key": (str,),
+    "ref": (str,),
+    "stage": (str,),
+    "kind": (str,),
+    "created": (str,),
+    "target": (str, type(None)),
+    "source": (dict, str, type(None)),
+    "files": (dict,),
+    "set": (dict,),
+    "machine": (dict,),
+    "preimage": (dict,),
+    "inputs": (list,),
+    "seconds": (int, float),
+    "peak_rss_bytes": (int,),
+}
+
+
+def _is_manifest(manifest: Mapping[str, Any]) -> bool:
+    inputs = manifest.get("inputs", [])
+    return all(isinstance(manifest[name], types) for name, types in _FIELDS.items() if name in manifest) and all(
+        isinstance(given, dict) and all(isinstance(given.get(part), str) for part in ("kind", "path", "key"))
+        for given in inputs
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; an empty one if there is none that can be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -107,7 +107,7 @@ def check_split(decoder: Decoder, tp_size: int, pp_size: int) -> None:
             raise RequestError(f"{name} is {size}", "1 means not split")
     problem = _tp_problem(decoder, tp_size)
     if problem:
-        works = [size for size in range(1, decoder.heads + 1) if not _tp_problem(decoder, size)]
+        works = [size for size in range(1, min(decoder.heads, 1024) + 1) if not _tp_problem(decoder, size)]
         raise RequestError(f"{problem} cannot be split over tp_size {tp_size}", f"tp_size {_either(works)} would work")
     if pp_size > decoder.layers:
         raise RequestError(

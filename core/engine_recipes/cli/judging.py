@@ -79,7 +79,11 @@ def _line(check: Check, width: int) -> str:
     verdict = style(f"{check.verdict:<5}", fg=_COLOURS.get(check.verdict))
     value = "" if check.value is None else _number(check.value)
     limit = "" if check.limit is None else f"limit {_number(check.limit)}"
-    return f"{verdict} {check.name:<{width}}  {value:>9}  {limit:<13}  {check.note}".rstrip()
+    return (
+        f"{verdict} {check.name:<{width}}  {value:>9}  {limit:<13}  {check.note}".rstrip()
+        .encode(errors="replace")
+        .decode()
+    )
 
 
 def _number(value: float) -> str:
