@@ -105,6 +105,10 @@ def test_judging_somebody_elses_checkpoint_does_not_take_our_engines_name(
     assert recipes("validate", checkpoint, "--source", "./model:bf16", *FAST).code == 0
     engines = {e["path"]: e["published"] for e in recipes("engines", "--json").json["engines"]}
     assert len(engines) == 2 and engines[built["engine_dir"]]
+    (theirs,) = (path for path in engines if path != built["engine_dir"])
+    assert recipes("validate", theirs, *FAST, "--force").code == 0  # nor when it is judged again by its folder
+    assert recipes("rm", Path(built["engine_dir"]).name, "-y").code == 0  # nor when ours is gone
+    assert [e["published"] for e in recipes("engines", "--json").json["engines"]] == [False]
 
 
 def test_without_its_checkpoint_an_engine_is_judged_with_a_warning_and_again_when_it_is_back(

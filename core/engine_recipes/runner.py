@@ -284,6 +284,7 @@ class _Walk:
             "provider": asdict(stage.provider),
             "options": stage.options,
             "set": self.plan.recipe,
+            "checkpoint_from_elsewhere": self.plan.is_of_strangers,
             "preimage": stage.preimage,
             "inputs": [{**asdict(a), "path": str(a.path)} for a in self.artifacts],
             "source": {"spec": str(located.source), "revision": located.revision} if located else None,
@@ -349,7 +350,7 @@ class _Walk:
                 note(engine, accepted=report.accepted or None)
         except OSError as error:
             raise disk_error(error, engine) from None
-        ours = self.store.holds(engine) and not self.plan.is_of_strangers
+        ours = self.store.holds(engine) and not gate.is_of_strangers(read_manifest(engine) or {})
         if report.verdict == "fail" and not report.accepted:
             if ours:
                 gate.withdraw(self.store, engine)

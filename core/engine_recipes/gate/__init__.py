@@ -122,12 +122,18 @@ def withdraw(store: Store, engine: Path) -> None:
             store.link(newest)
 
 
+def is_of_strangers(manifest: Mapping[str, Any]) -> bool:
+    """Whether an engine was built from a checkpoint that was made elsewhere: it is judged, and gets no plain name."""
+    return bool(manifest.get("checkpoint_from_elsewhere"))
+
+
 def _newest_good(store: Store, plain: Path, without: Path) -> Path | None:
     folder: Path
-    for folder, _ in reversed(store.artifacts("engines")):
-        report = read(folder)
-        if store.plain(folder) == plain and folder != without and report and report.is_good:
-            return folder
+    for folder, manifest in reversed(store.artifacts("engines")):
+        if store.plain(folder) == plain and folder != without and not is_of_strangers(manifest):
+            report = read(folder)
+            if report and report.is_good:
+                return folder
     return None
 
 
