@@ -32,7 +32,10 @@ def plan_for(setup: Setup, text: str, source: str | None, choices: Mapping[str, 
         Rejected: the checkpoint is malformed.
     """
     folder = Path(text).expanduser()
-    if (folder / MANIFEST).is_file() and (read_manifest(folder) or {}).get("stage") == "stage2":
+    is_checkpoint = (folder / RANK0).is_file() and (folder / CONFIG).is_file()
+    if (folder / MANIFEST).is_file() and read_manifest(folder) is None and not is_checkpoint:
+        raise RequestError(f"{folder / MANIFEST} is damaged", "build or copy the folder again")
+    if (read_manifest(folder) or {}).get("stage") == "stage2":
         if choices.get("engine") or choices.get("target"):
             raise RequestError(
                 f"{text} is an engine already: its manifest says for what", "leave --engine and --target out"
@@ -40,7 +43,7 @@ def plan_for(setup: Setup, text: str, source: str | None, choices: Mapping[str, 
         if source and setup.store.holds(folder.resolve()):
             raise RequestError(f"this workspace knows what {folder.name} was made from", "leave --source out")
         return _plan_engine(setup, folder.resolve(), source, choices["settings"])
-    if (folder / RANK0).is_file() and (folder / CONFIG).is_file():
+    if is_checkpoint:
         return _plan_checkpoint(setup, folder.resolve(), source, choices)
     if folder.is_dir() and (refs.is_folder(text) or "/" in text) and not (folder / CONFIG).is_file():
         raise RequestError(

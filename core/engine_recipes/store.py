@@ -5,6 +5,7 @@ A folder with `manifest.json` is complete and was verified; anything else is gar
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -91,25 +92,20 @@ class Store:
     @contextmanager
     def staging(self, slot: Slot) -> Iterator[Path]:
         """A fresh folder beside the final one. It is removed at the end unless `commit` has moved it away."""
-        import shutil
-
-        final = self.path(slot)
-        self._make(final.parent)
-        for old in final.parent.glob(f"{_STAGING}{final.name}-*"):  # we hold the lock: left by a killed build
-            shutil.rmtree(old, ignore_errors=True)
-        folder = final.parent / f"{_STAGING}{final.name}-{_unique()}"
-        folder.mkdir()
-        try:
+        with self.scratch(self.path(slot)) as folder:
             yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
-    def scratch(self, engine: Path) -> Iterator[Path]:
-        """An empty folder for those who judge an engine; removed at the end, or by gc after a kill."""
+    def scratch(self, final: Path) -> Iterator[Path]:
+        """A fresh folder for work on `final`, whose lock is held; what a killed process left of the same is swept."""
         import shutil
 
-        folder = self._make(self.workspace / "engines") / f"{_STAGING}{engine.name}-{_unique()}"
+        # an engine that came from elsewhere is judged here, not where it lies
+        place = final.parent if final.parent.parent == self.workspace else self.workspace / "engines"
+        self._make(place)
+        for old in place.glob(f"{_STAGING}{glob.escape(final.name)}-*"):
+            shutil.rmtree(old, ignore_errors=True)
+        folder = place / f"{_STAGING}{final.name}-{_unique()}"
         folder.mkdir()
         try:
             yield folder
