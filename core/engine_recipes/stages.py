@@ -89,7 +89,8 @@ class Entries:
         """Of the model, from its entry or the size of its 16-bit weights; 0 if neither is known."""
         if self.model.parameters or not self.located:
             return self.model.parameters
-        return sum(path.stat().st_size for path in self.located.folder.glob("*.safetensors")) // 2
+        files = (path for path in self.located.folder.glob("*.safetensors") if path.is_file())
+        return sum(path.stat().st_size for path in files) // 2
 
 
 class Builder:
@@ -97,8 +98,7 @@ class Builder:
 
     Attributes:
         blocked: data or a package that some stage needs and this machine has not.
-        reference: what runs the source, if anything can.
-        not_compared: why nothing does.
+        not_compared: why nothing runs the source; empty if something does.
     """
 
     def __init__(
@@ -108,7 +108,6 @@ class Builder:
         self.given, self.identify = given, identify
         self.blocked: MachineError | None = None
         self.limits = limits.options(entries.registry, entries.precision, entries.parameters)
-        self.reference: Reference | None = None
         self.not_compared = ""
 
     def all(self) -> tuple[Stage, ...]:
@@ -222,11 +221,11 @@ class Builder:
         owner = str(self.entries.registry.owners[0])
         settings = self.settled(PREFIXES["validate"], self.entries.registry.gate.options, owner)
         settings |= self.settled(PREFIXES["validate"], self.limits, owner)
-        self.reference, self.not_compared = self.choose(str(settings["reference"].value if settings else "none"))
+        reference, self.not_compared = self.choose(str(settings["reference"].value if settings else "none"))
         stages = []
-        if self.reference:
+        if reference:
             reads = {name: settings[name] for name in READS}
-            stages.append(self.stage("baseline", self.reference, reads, [before[-1]]))
+            stages.append(self.stage("baseline", reference, reads, [before[-1]]))
         return [*stages, self.validate(settings, [stage.key for stage in (*before, *stages)])]
 
     def choose(self, wanted: str) -> tuple[Reference | None, str]:
