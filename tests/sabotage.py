@@ -7,7 +7,7 @@ checkpoint that looks right: no shape and no name is wrong unless that is the po
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -280,16 +280,12 @@ def swap_nibbles(folder: Path, layer: int = 1) -> None:
 
 def activation_scale_quarter(folder: Path) -> None:
     """All activation scales a quarter of what was calibrated."""
-    with tensors(folder) as held:
-        for name in [name for name in held if name.endswith("activation_scaling_factor")]:
-            held[name] = held[name] / 4
+    _change(folder, "activation_scaling_factor", lambda scale: scale / 4)
 
 
 def activation_scales_one(folder: Path) -> None:
     """All activation scales 1, as if nobody had calibrated."""
-    with tensors(folder) as held:
-        for name in [name for name in held if name.endswith("activation_scaling_factor")]:
-            held[name] = torch.ones_like(held[name])
+    _change(folder, "activation_scaling_factor", torch.ones_like)
 
 
 def kv_scale_times_8(folder: Path, layer: int = 1) -> None:
@@ -301,9 +297,7 @@ def kv_scale_times_8(folder: Path, layer: int = 1) -> None:
 
 def kv_scale_one(folder: Path) -> None:
     """All cache scales 1."""
-    with tensors(folder) as held:
-        for name in [name for name in held if name.endswith("cache_scaling_factor")]:
-            held[name] = torch.ones_like(held[name])
+    _change(folder, "cache_scaling_factor", torch.ones_like)
 
 
 def negative_scale(folder: Path, layer: int = 1) -> None:
@@ -322,6 +316,11 @@ def wrong_tokenizer(engine_folder: Path) -> None:
     vocabulary = found["model"]["vocab"]
     vocabulary["e"], vocabulary["t"] = vocabulary["t"], vocabulary["e"]
     path.write_text(json.dumps(found), encoding="utf-8")
+
+
+def _change(folder: Path, ending: str, how: Callable[[Tensor], Tensor]) -> None:
+    with tensors(folder) as held:
+        held |= {name: how(tensor) for name, tensor in held.items() if name.endswith(ending)}
 
 
 def _order_rows(held: Tensors, module: str, order: Tensor) -> None:

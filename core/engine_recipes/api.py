@@ -132,6 +132,18 @@ class Setup:
             raise MachineError(f"{plan.ref} for {plan.target} {state}", f"run `recipes build {plan.arguments}`")
         return folder
 
+    def usable(self, plan: Plan) -> Path:
+        """The built engine for a plan, if what runs it is here as well.
+
+        Raises:
+            MachineError: there is none, or packages that it needs are missing.
+        """
+        folder = self.engine(plan)
+        missing = self.facts.missing(availability.requirements(plan.engine, plan.target))
+        if missing:
+            raise MachineError(f"{plan.engine.name} needs {self.facts.described(missing)}", plan.engine.install)
+        return folder
+
 
 def open_setup(workspace: str | Path | None = None, project: str | Path | None = None) -> Setup:
     """Everything a command works on.
@@ -208,13 +220,7 @@ def load(ref: str | Plan, *, workspace: str | Path | None = None, **choices: Any
 
 def load_plan(setup: Setup, chosen: Plan, options: Mapping[str, Any] | None = None) -> Loaded:
     """Load the engine of a plan."""
-    folder = setup.engine(chosen)
-    missing = setup.facts.missing(availability.requirements(chosen.engine, chosen.target))
-    if missing:
-        raise MachineError(
-            f"{chosen.engine.name} needs {', '.join(missing)}, not installed here", chosen.engine.install
-        )
-    return load_folder(folder, chosen.stage("stage2").provider, options)
+    return load_folder(setup.usable(chosen), chosen.stage("stage2").provider, options)
 
 
 def load_folder(folder: Path, provider: Provider, options: Mapping[str, Any] | None = None) -> Loaded:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from . import events
-from .errors import MachineError, RequestError
+from .errors import RequestError
 from .events import Event
 from .store import read_json, write_json
 
@@ -65,21 +65,6 @@ class Settings:
     threads: int | None = None
 
 
-def find(setup: Setup, plan: Plan) -> Path:
-    """The engine to measure.
-
-    Raises:
-        MachineError: it is not built, or packages that it needs are missing.
-    """
-    from .availability import requirements
-
-    folder = setup.engine(plan)
-    missing = setup.facts.missing(requirements(plan.engine, plan.target))
-    if missing:
-        raise MachineError(f"{plan.engine.name} needs {setup.facts.described(missing)}", plan.engine.install)
-    return folder
-
-
 def run(setup: Setup, plan: Plan, settings: Settings, listen: Callable[[Event], None]) -> dict[str, Any]:
     """Measure one engine in a fresh process, and keep the result beside it.
 
@@ -96,7 +81,7 @@ def run(setup: Setup, plan: Plan, settings: Settings, listen: Callable[[Event], 
 
     from . import launch
 
-    folder, provider = find(setup, plan), plan.stage("stage2").provider
+    folder, provider = setup.usable(plan), plan.stage("stage2").provider
     created, machine = datetime.now(timezone.utc), _machine(setup.facts, plan)
     started = time.monotonic()
     stage = {"event": "stage", "stage": "bench", "provider": str(provider)}

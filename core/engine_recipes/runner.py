@@ -145,14 +145,11 @@ class _Walk:
         self.artifacts: list[Artifact] = []  # nearest first, as hooks get them
         self.report = Report()
         self.imported = self.checked = False
+        names = STAGES[: STAGES.index(how.until) + 1]
+        self.stages = [s for s in plan.stages if s.name in names and (s.name != "baseline" or how.validate)]
 
     def all(self) -> None:
-        last = STAGES.index(self.how.until)
-        for stage in self.plan.stages:
-            if STAGES.index(stage.name) > last:
-                break
-            if stage.name == "baseline" and not self.how.validate:
-                continue
+        for stage in self.stages:
             if stage.name == "validate":
                 self.validate(stage)
             else:
@@ -202,7 +199,7 @@ class _Walk:
         try:
             self.check(stage)
             with self.store.staging(slot) as out:
-                answer = self.work(stage, out, self.store.log_path(slot))
+                answer = self.work(stage, out, self.store.log_path(self.store.path(slot), slot.place))
                 seconds = time.monotonic() - started
                 if stage.name == "stage2":
                     gate.withdraw(self.store, self.store.path(slot))  # built again under the same key: not judged yet
@@ -223,9 +220,7 @@ class _Walk:
         resolved = next((a.path / DECODER for a in self.artifacts if a.kind == HF_CHECKPOINT), None)
         if self.checked or (self.imported and resolved is None):
             return
-        # nobody is asked who has nothing to do
-        names = [name for name in STAGES[: STAGES.index(self.how.until) + 1] if name != "baseline" or self.how.validate]
-        stages = [stage for stage in self.plan.stages if stage.name in names and stage.slot]
+        stages = [stage for stage in self.stages if stage.slot]  # nobody is asked who has nothing to do
         request = {
             "action": "check",
             "providers": [asdict(stage.provider) for stage in stages],
@@ -321,7 +316,7 @@ class _Walk:
         judges = [provider("family", self.plan.family), provider("precision", self.plan.precision), stage.provider]
         try:
             with self.store.scratch(engine) as scratch:  # judges may write, but leave nothing
-                answer = self.work(stage, scratch, self.store.log_of(engine), judges)
+                answer = self.work(stage, scratch, self.store.log_path(engine), judges)
         except RecipesError:
             self.results.append(StageResult("validate", "failed", time.monotonic() - started, stage.key, engine))
             raise

@@ -131,13 +131,9 @@ class Store:
         sync(final.parent)
         return final
 
-    def log_path(self, slot: Slot) -> Path:
-        """Where the output of this slot's tools is kept, also of failed runs."""
-        return self._make(self.workspace / "logs") / f"{slot.place}-{slot.label}-{slot.key[:8]}.log"
-
-    def log_of(self, engine: Path) -> Path:
-        """The same for an engine's folder."""
-        return self._make(self.workspace / "logs") / f"engines-{engine.name}.log"
+    def log_path(self, folder: Path, place: str = "engines") -> Path:
+        """Where the output of the tools that make or judge a folder is kept, also of failed runs."""
+        return self._make(self.workspace / "logs") / f"{place}-{folder.name}.log"
 
     def holds(self, engine: Path) -> bool:
         """Whether an engine's folder is one of this workspace's."""

@@ -55,7 +55,7 @@ def bench_command(
     _check(settings, setup.facts.cpus)
     plans = [setup.plan(text, **choices) for text in references]
     for plan in plans:
-        bench.find(setup, plan)  # all of them before minutes are spent on the first
+        setup.usable(plan)  # all of them before minutes are spent on the first
     results: list[dict[str, Any]] = []
     failures: list[RecipesError] = []
     with reporter(quiet) as lines:
@@ -91,7 +91,7 @@ def _check(settings: Settings, cores: int) -> None:
 
 def _measured(lines: Lines, setup: Setup, plan: Plan, settings: Settings) -> dict[str, Any]:
     lines.say(title(plan))
-    judged = gate.read(bench.find(setup, plan))
+    judged = gate.read(setup.usable(plan))
     if judged and judged.verdict == "fail" and not judged.accepted:
         lines.warn({"text": f"{plan.ref} was rejected by the quality gate: fast or not, it is not fit for use"})
     result = bench.run(setup, plan, settings, lines)

@@ -111,6 +111,5 @@ def _behaviour(runtime: Runtime, context: StageContext, not_compared: str) -> Fi
     if not (folder / "tokenizer.json").is_file():
         return Findings(checks=(Check("engine speaks", "warn", note="there is no tokenizer: it was not run"),))
     known = next((baseline.read(given.path) for given in context.inputs if given.kind == BASELINE), None)
-    why = not_compared or "there is no baseline"
     tokenizer, sizes = Tokenizer.load(folder), _sizes(context)
-    return behaviour.observe(runtime, tokenizer, material(context), known, **sizes, not_compared=why)
+    return behaviour.observe(runtime, tokenizer, material(context), known, **sizes, not_compared=not_compared)

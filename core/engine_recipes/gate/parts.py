@@ -6,14 +6,15 @@ wrongly agrees with itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..checkpoint.cast import FLOATS
+from ..checkpoint.config import object_of
 from ..checkpoint.formats import LINEARS, Scheme
 from ..checkpoint.layout import TensorSpec, layout
 from ..checkpoint.reader import ROPE_TABLES, mapping_of
@@ -92,11 +93,7 @@ class Parts:
 
     def __init__(self, folder: Path, source: SourceCheckpoint) -> None:
         self.config = read_json(folder / "config.json")
-        for key in ("mapping", "quantization"):
-            if not isinstance(self.config.get(key) or {}, dict):
-                raise RequestError(f"config.json: {key} is no object", _AGAIN)
-        quantization: Mapping[str, Any] = self.config.get("quantization") or {}
-        self.scheme = Scheme.from_config(quantization)
+        self.scheme = Scheme.from_config(object_of(self.config, "quantization"))
         self.parts: list[Part] = []
         self.problems: list[str] = []
         tp_size, pp_size = mapping_of(self.config)
