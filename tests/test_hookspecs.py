@@ -22,6 +22,8 @@ def test_the_hooks_are_the_promised_ones() -> None:
         "calibrate",
         "stage1",
         "stage2",
+        "command",
+        "simulate",
         "validate",
         "load_engine",
         "load_source",

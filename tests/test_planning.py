@@ -92,7 +92,7 @@ def test_a_missing_package_blocks_with_what_to_install(registry: Registry) -> No
 
 
 def test_what_only_a_gpu_needs_is_named_by_itself(registry: Registry) -> None:
-    blocked = plan(registry, target="sm89").blocked
+    blocked = plan(registry, "smollm2-135m@onnxruntime", target="sm89").blocked
     assert blocked is not None
     assert blocked.hint == "pip install 'onnxruntime-gpu>=1.23'"
 
@@ -111,7 +111,7 @@ def test_what_only_a_gpu_needs_is_named_by_itself(registry: Registry) -> None:
         ("smollm2-135m:plain@echo", {"settings": {"tp_size": "9"}}, "tp_size = 9: must be at most 8"),
         ("smollm2-135m:plain@onnxruntime", {}, "onnxruntime takes trtllm-checkpoint, plain gives toy-checkpoint"),
         ("smollm2-135m:plain@echo", {"target": "sm90"}, "echo builds for cpu, sm8?, not sm90"),
-        ("smollm2-135m:bf16", {"target": "sm75"}, "bf16 needs compute capability >=8.0, sm75 is 7.5"),
+        ("smollm2-135m:bf16", {"target": "sm75"}, "bf16 needs sm80 or newer, this is sm75"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(
@@ -212,7 +212,79 @@ def test_a_calibration_that_nobody_has_is_an_error_with_a_suggestion(registry: R
 def test_what_an_engine_cannot_run_on_a_gpu_is_refused_before_it_is_calibrated(registry: Registry) -> None:
     with pytest.raises(RequestError, match=r"onnxruntime does not run fp8 \(FP8\) on sm90") as caught:
         plan(registry, "smollm2-135m:fp8@onnxruntime", target="sm90")
-    assert caught.value.hint == "choose --target cpu, or another engine"
+    assert caught.value.hint == "choose fp16 or @tensorrt-llm"
     with_cuda = replace(CPU, gpus=(ADA,), versions={**CPU.versions, "onnxruntime-gpu": "1.31"})
     assert plan(registry, "smollm2-135m:fp16", facts=with_cuda).target == "sm89"
     assert plan(registry, "smollm2-135m:fp8", facts=with_cuda).target == "cpu"
+
+
+def test_what_a_gpu_is_too_old_for_is_refused_with_the_nearest_that_works(registry: Registry) -> None:
+    with pytest.raises(RequestError) as caught:
+        plan(registry, "smollm2-135m:fp8@tensorrt-rtx", target="sm86")
+    assert "fp8 needs sm89 or newer, this is sm86" in caught.value.message
+    assert caught.value.hint == "choose int4-awq or fp16"
+
+
+def test_one_engine_for_several_targets_is_one_engine_whatever_their_order(registry: Registry) -> None:
+    made = plan(registry, "smollm2-135m:plain@tool", target="sm89,sm86")
+    assert made.target == "sm86+sm89"
+    assert made.stage("stage2").key == plan(registry, "smollm2-135m:plain@tool", target="sm86+sm89").stage("stage2").key
+    with pytest.raises(RequestError, match="echo builds for one target at a time"):
+        plan(registry, "smollm2-135m:plain@echo", target="sm89,sm86")
+    with pytest.raises(RequestError, match="tool builds for cpu, sm86, sm89, not sm99"):
+        plan(registry, "smollm2-135m:plain@tool", target="sm89,sm99")
+
+
+def test_an_engine_that_cannot_be_for_this_machine_asks_what_it_is_for(registry: Registry) -> None:
+    with pytest.raises(RequestError, match="this machine has no NVIDIA GPU\nname what it is for: --target sm89"):
+        plan(registry, "smollm2-135m:fp16@tensorrt-rtx")
+    hopper = replace(CPU, gpus=(Gpu("H100", "9.0", 80 << 30, "580.1"),))
+    with pytest.raises(RequestError, match="this machine has sm90"):
+        plan(registry, "smollm2-135m:fp16@tensorrt-rtx", facts=hopper)
+
+
+def test_what_compiles_on_its_own_gpu_needs_that_gpu(registry: Registry) -> None:
+    made = plan(registry, "smollm2-135m:fp16@tensorrt-llm", target="sm90", facts=replace(CPU, gpus=(ADA,)))
+    assert made.lacking is not None
+    assert "compiles for sm90 on such a GPU alone, and here is RTX 6000 Ada (sm89)" in made.lacking.message
+
+
+def test_a_program_that_is_missing_is_named_and_so_is_the_other_way_to_run_it(registry: Registry) -> None:
+    missing = plan(registry, "smollm2-135m:plain@tool", target="cpu").blocked
+    assert missing is not None
+    assert missing.message == "tool needs the program toy-tool, not found here"
+    assert missing.hint == "install toy-tool 2.0, or --runtime docker"
+    there = replace(CPU, programs={"toy-tool": "/usr/bin/toy-tool"})
+    assert plan(registry, "smollm2-135m:plain@tool", target="cpu", facts=there).blocked is None
+    docker = plan(registry, "smollm2-135m:plain@tool", target="cpu", settings={"build.runtime": "docker"}).blocked
+    assert docker is not None and "docker" in docker.message
+
+
+def test_options_of_another_version_of_the_tool_are_no_options(registry: Registry) -> None:
+    with pytest.raises(RequestError, match=r"no option 'build\.old' of tool 2\.0"):
+        plan(registry, "smollm2-135m:plain@tool", target="cpu", settings={"build.old": "3"})
+    older = {"build.old": "3", "build.version": "1.5"}
+    assert plan(registry, "smollm2-135m:plain@tool", target="cpu", settings=older).settings["build.old"].value == "3"
+    with pytest.raises(RequestError, match="is no version"):
+        plan(registry, "smollm2-135m:plain@tool", target="cpu", settings={"build.version": "newest"})
+    with pytest.raises(RequestError, match=r"did you mean build\.fuse"):
+        plan(registry, "smollm2-135m:plain@tool", target="cpu", settings={"build.fuze": "enable"})
+
+
+def test_forbidden_combinations_are_refused_when_planned_also_through_what_is_left_unset(registry: Registry) -> None:
+    with pytest.raises(RequestError) as caught:
+        plan(registry, "smollm2-135m:plain@tool", target="cpu", settings={"scale": "3"})
+    assert caught.value.message.endswith("cannot be built: toy-tool 2 cannot fuse a scale of 3 or more")
+    assert caught.value.hint == "choose --set build.fuse=disable"
+    plan(registry, "smollm2-135m:plain@tool", target="cpu", settings={"scale": "3", "build.fuse": "disable"})
+    plan(registry, "smollm2-135m:plain@tool", target="cpu", settings={"scale": "3", "build.version": "1.9"})
+    with pytest.raises(RequestError, match="do not fit into sm86"):
+        plan(registry, "smollm2-135m:plain@tool", target="sm89,sm86", settings={"style": "long"})
+
+
+def test_how_a_tool_is_run_is_in_no_key(registry: Registry) -> None:
+    there = replace(CPU, programs={"toy-tool": "/usr/bin/toy-tool", "docker": "/usr/bin/docker"})
+    local = plan(registry, "smollm2-135m:plain@tool", target="cpu", facts=there)
+    other = {"build.runtime": "docker", "build.python": "/opt/bin/python"}
+    changed = plan(registry, "smollm2-135m:plain@tool", target="cpu", facts=there, settings=other)
+    assert [stage.key for stage in changed.stages] == [stage.key for stage in local.stages]

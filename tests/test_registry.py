@@ -66,7 +66,7 @@ def test_user_and_project_change_fields_and_the_origin_is_remembered(own_world: 
         "license": "this project's registry.toml",
     }
     assert registry.defaults.precision == "bf16"
-    assert registry.defaults.engines == ("onnxruntime",)
+    assert registry.defaults.engines[-1] == "onnxruntime"
     assert registry.expand(Ref("q")) == Ref("qwen2.5-7b", "fp16")
     other = Path("other.toml")
     other.write_text('[models."qwen2.5-7b"]\nlicense = "other"\n')

@@ -9,14 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import availability, facts as machine, refs, registry, sources
+from . import availability, facts as machine, portability, refs, registry, sources
+from .decoder import Decoder, architecture_of
 from .errors import MachineError, RecipesError, RequestError, StageFailed
 from .events import Event
 from .facts import Facts
 from .registry import Model, Registry
 from .sources import Located
 from .store import Store, default_workspace, read_manifest
-from .types import Artifact, Provider, Ref, Runtime, StageName
+from .types import DECODER, Artifact, Provider, Ref, Runtime, StageName
 
 if TYPE_CHECKING:
     from .planning import Plan
@@ -52,7 +53,9 @@ class Setup:
         """This machine, with the versions of all that any entry requires."""
         wanted = [r for entry in self.registry.stage_entries for r in entry.requires]
         wanted += [r for e in self.registry.engines.entries.values() for rs in e.target_requires.values() for r in rs]
-        return machine.read(wanted)
+        engines = self.registry.engines.entries.values()
+        programs = {name for engine in engines for names in engine.programs.values() for name in names}
+        return machine.read(wanted, programs)
 
     @cached_property
     def store(self) -> Store:
@@ -82,8 +85,6 @@ class Setup:
         if located is None:
             here = f", or write ./{ref.model} for the folder here" if Path(ref.model).is_dir() else ""
             raise MachineError(f"{ref.model} is not on this machine", f"run `recipes fetch {ref.model}`{here}")
-        from .decoder import architecture_of
-
         family = self.registry.family_of(architecture_of(_config(located.folder)))
         return Model(name=ref.model, owner=family.owner, family=family.name, source=(spec,))
 
@@ -136,13 +137,39 @@ class Setup:
         """The built engine for a plan, if what runs it is here as well.
 
         Raises:
-            MachineError: there is none, or packages that it needs are missing.
+            MachineError: there is none, or this machine has not the packages, the versions or the GPU that it needs.
         """
         folder = self.engine(plan)
         missing = self.facts.missing(availability.requirements(plan.engine, plan.target))
         if missing:
             raise MachineError(f"{plan.engine.name} needs {self.facts.described(missing)}", plan.engine.install)
+        foreign = portability.check(read_manifest(folder) or {}, self.facts, plan.engine, self.registry)
+        if foreign:
+            raise foreign
         return folder
+
+    def short(self, plan: Plan) -> MachineError | None:
+        """What the missing stages of a plan need and this machine has not, by estimate; None if all fits."""
+        from . import estimates, runner
+
+        missing = [stage.name for stage in plan.stages if runner.status(plan, stage, self.store) is None]
+        needs = estimates.estimate(
+            plan.parameters,
+            plan.precision,
+            plan.engine,
+            plan.calibration,
+            self.decoder(plan),
+            plan.ranks,
+            bool(self.facts.gpus),
+        )
+        needs = {name: need for name, need in needs.items() if name in missing}
+        return estimates.short(str(plan.ref), needs, self.facts, self.store.workspace)
+
+    def decoder(self, plan: Plan) -> Decoder | None:
+        """What the model is, if that was found out before."""
+        slot = plan.stage("resolve").slot
+        folder = self.store.get(slot) if slot else None
+        return Decoder.read(folder / DECODER) if folder else None
 
 
 def open_setup(workspace: str | Path | None = None, project: str | Path | None = None) -> Setup:
@@ -187,12 +214,17 @@ def build(
         choices: as for `plan`.
 
     Raises:
-        RecipesError: a stage failed, or the gate rejected the engine.
+        RecipesError: it does not fit on this machine (see `How.force`), a stage failed, or the gate rejected the
+            engine.
     """
     from . import runner
 
-    setup = open_setup(workspace)
-    result = runner.run(setup.plan(ref, **choices), setup.store, how or runner.How(), listen)
+    setup, how = open_setup(workspace), how or runner.How()
+    chosen = setup.plan(ref, **choices)
+    too_small = None if how.force or chosen.blocked else setup.short(chosen)
+    if too_small:
+        raise too_small
+    result = runner.run(chosen, setup.store, how, listen)
     if result.error:
         raise result.error
     return result
@@ -220,7 +252,8 @@ def load(ref: str | Plan, *, workspace: str | Path | None = None, **choices: Any
 
 def load_plan(setup: Setup, chosen: Plan, options: Mapping[str, Any] | None = None) -> Loaded:
     """Load the engine of a plan."""
-    return load_folder(setup.usable(chosen), chosen.stage("stage2").provider, options)
+    stage = chosen.stage("stage2")
+    return load_folder(setup.usable(chosen), stage.provider, {**stage.options, **(options or {})})
 
 
 def load_folder(folder: Path, provider: Provider, options: Mapping[str, Any] | None = None) -> Loaded:

@@ -2,25 +2,57 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Mapping
 from fnmatch import fnmatch
+from pathlib import Path
 
 from .errors import MachineError, RequestError
 from .facts import Facts, within
 from .registry import Calibration, Engine, Model, Precision, Registry
 from .space import human_bytes
-from .types import HF_CHECKPOINT
+from .targets import compute_of, parts, target_of
+from .types import HF_CHECKPOINT, Value
+
+_AT_LEAST = re.compile(r">=(\d+\.\d)")
+
+
+def why_not(registry: Registry, precision: Precision, engine: Engine, target: str) -> tuple[str, str]:
+    """Why this pair can never work, and the nearest that does; two empty strings if it can."""
+    reason, hint = unsupported(precision, engine, target)
+    near = alternatives(registry, precision, engine, target) if reason else []
+    return reason, f"choose {' or '.join(near)}" if near else hint
+
+
+def alternatives(registry: Registry, precision: Precision, engine: Engine, target: str) -> list[str]:
+    """What works in place of a pair that does not: other precisions with this engine, this one with another (`@NAME`).
+
+    Of the precisions the next smaller one and the next larger one, by bits of a weight; of the engines the first.
+    """
+    able = [p for p in registry.precisions.entries.values() if not unsupported(p, engine, target)[0]]
+    smaller = max((p for p in able if p.bits < precision.bits), key=lambda p: p.bits, default=None)
+    larger = min((p for p in able if p.bits >= precision.bits), key=lambda p: p.bits, default=None)
+    engines = [e for e in registry.engines.entries.values() if not unsupported(precision, e, target)[0]]
+    return [p.name for p in (smaller, larger) if p] + [f"@{e.name}" for e in engines[:1]]
 
 
 def unsupported(precision: Precision, engine: Engine, target: str) -> tuple[str, str]:
-    """Why this pair can never work, and what would; two empty strings if it can."""
+    """Why this pair can never work, and what to change; two empty strings if it can."""
     if precision.gives not in engine.takes:
         takes = " or ".join(engine.takes)
         return f"{engine.name} takes {takes}, {precision.name} gives {precision.gives}", "choose another engine"
     if HF_CHECKPOINT not in precision.takes:
         return f"{precision.name} takes {' or '.join(precision.takes)}", "choose another precision"
-    if not any(fnmatch(target, pattern) for pattern in engine.targets):
+    if len(parts(target)) > 1 and not engine.combines:
+        return f"{engine.name} builds for one target at a time", f"build for {parts(target)[0]}, then for the next"
+    return next((found for part in parts(target) if (found := _unsupported(precision, engine, part))[0]), ("", ""))
+
+
+def _unsupported(precision: Precision, engine: Engine, target: str) -> tuple[str, str]:
+    if not is_target(engine, target):
         return (
-            f"{engine.name} builds for {', '.join(engine.targets)}, not {target}",
+            f"{engine.name} builds for {_targets(engine)}, not {target}",
             f"give --target {engine.targets[0].replace('*', '89')} or another engine",
         )
     if not _runs(engine, precision, target):
@@ -29,19 +61,28 @@ def unsupported(precision: Precision, engine: Engine, target: str) -> tuple[str,
             f"{engine.name} does not run {precision.name} ({precision.algorithm}) on {target}",
             f"choose --target {where[0].replace('*', '89')}, or another engine" if where else "choose another engine",
         )
-    compute = _compute(target)
-    if compute and precision.needs.compute and not within(compute, precision.needs.compute):
-        return (
-            f"{precision.name} needs compute capability {precision.needs.compute}, {target} is {compute}",
-            "choose another precision or --target",
-        )
+    compute, needed = compute_of(target), precision.needs.compute
+    if compute and needed and not within(compute, needed):
+        least = _AT_LEAST.fullmatch(needed)
+        words = f"{target_of(least[1])} or newer" if least else f"compute capability {needed}"
+        return f"{precision.name} needs {words}, this is {target}", "choose another precision or --target"
     return "", ""
 
 
 def lacking(
-    calibration: Calibration | None, precision: Precision, engine: Engine, target: str, facts: Facts
+    calibration: Calibration | None,
+    precision: Precision,
+    engine: Engine,
+    target: str,
+    facts: Facts,
+    options: Mapping[str, Value] | None = None,
 ) -> MachineError | None:
-    """What has to be installed before this pair can be built here; None if nothing has."""
+    """What has to be here before this pair can be built here; None if all is.
+
+    Args:
+        options: of the engine, as they are settled; of them `runtime` says which programs it needs, and `python` where
+            else than on the PATH to look for them.
+    """
     first = [(calibration, calibration.requires)] if calibration else []
     for entry, requires in (*first, (precision, precision.requires), (engine, requirements(engine, target))):
         missing = facts.missing(requires)
@@ -50,7 +91,39 @@ def lacking(
             hint = hint or f"pip install {' '.join(repr(m) for m in missing)}"
             who = f"{precision.name} (calibration {entry.name})" if entry is calibration else entry.name
             return MachineError(f"{who} needs {facts.described(missing)}", hint)
-    return None
+    return no_gpu(engine, target, facts) or no_program(engine, facts, options)
+
+
+def no_gpu(engine: Engine, target: str, facts: Facts) -> MachineError | None:
+    """That an engine compiles on the GPU it is for, and this machine has none such; None if that is no obstacle."""
+    here = ", ".join(f"{gpu.name} ({gpu.target})" for gpu in facts.gpus) or "no NVIDIA GPU"
+    if not engine.needs_gpu or any(gpu.target == target for gpu in facts.gpus):
+        return None
+    return MachineError(
+        f"{engine.name} compiles for {target} on such a GPU alone, and here is {here}",
+        "build it on that machine, or with an engine that needs no GPU to compile",
+    )
+
+
+def no_program(engine: Engine, facts: Facts, options: Mapping[str, Value] | None = None) -> MachineError | None:
+    """Which program an engine needs that is not here; None if all are. `options` as for `lacking`."""
+    if not engine.programs:
+        return None
+    options = options or {}
+    runtime = str(options.get("runtime") or next(iter(engine.programs)))
+    python = str(options.get("python") or engine.python)
+    missing = [name for name in engine.programs.get(runtime, ()) if not _finds(name, python, facts)]
+    if not missing:
+        return None
+    others = [f"--runtime {other}" for other in engine.programs if other != runtime]
+    usable = f", or {' or '.join(others)}" if others else ""
+    return MachineError(f"{engine.name} needs the program {missing[0]}, not found here", f"{engine.install}{usable}")
+
+
+def _finds(program: str, python: str, facts: Facts) -> bool:
+    if python:
+        return os.access(Path(python).expanduser().with_name(program), os.X_OK)
+    return program in facts.programs
 
 
 def not_fetched(model: Model) -> MachineError:
@@ -64,17 +137,40 @@ def not_fetched(model: Model) -> MachineError:
 
 def requirements(engine: Engine, target: str) -> tuple[str, ...]:
     """What an engine needs for a target."""
-    more = (r for pattern, rs in engine.target_requires.items() if fnmatch(target, pattern) for r in rs)
-    return (*engine.requires, *more)
+    some = [pattern for pattern in engine.target_requires if any(fnmatch(part, pattern) for part in parts(target))]
+    return tuple(dict.fromkeys([*engine.requires, *(r for pattern in some for r in engine.target_requires[pattern])]))
 
 
 def default_target(precision: Precision, engine: Engine, facts: Facts) -> str:
     """This machine's GPU if the engine builds this for it and has what it needs, else the CPU, else the GPU."""
     for candidate in (facts.target, "cpu"):
-        fits = any(fnmatch(candidate, pattern) for pattern in engine.targets) and _runs(engine, precision, candidate)
+        fits = is_target(engine, candidate) and _runs(engine, precision, candidate)
         if fits and not facts.missing(requirements(engine, candidate)):
             return candidate
     return "cpu" if "cpu" in engine.targets else facts.target
+
+
+def example_target(precision: Precision, engine: Engine, facts: Facts) -> str:
+    """The default target; where nothing here is one for this engine, another that it builds for."""
+    default = default_target(precision, engine, facts)
+    if is_target(engine, default):
+        return default
+    named = [target for target in engine.targets if "*" not in target]
+    return next((t for t in named if not unsupported(precision, engine, t)[0]), named[0] if named else default)
+
+
+def is_target(engine: Engine, target: str) -> bool:
+    """Whether the engine builds for this one target."""
+    return any(fnmatch(target, pattern) for pattern in engine.targets)
+
+
+def untargeted(engine: Engine, facts: Facts) -> RequestError | MachineError:
+    """That no target was named and this machine is none."""
+    here = f"this machine has {facts.target}" if facts.gpus else "this machine has no NVIDIA GPU"
+    reason = f"{engine.name} builds for {_targets(engine)}, and {here}"
+    if engine.needs_gpu:
+        return MachineError(reason, "build it on a machine with such a GPU, or with another engine")
+    return RequestError(reason, f"name what it is for: --target {engine.targets[0].replace('*', '89')}")
 
 
 def default_engine(registry: Registry, precision: Precision, facts: Facts, target: str | None) -> str:
@@ -84,22 +180,21 @@ def default_engine(registry: Registry, precision: Precision, facts: Facts, targe
     for name in names:
         engine = registry.engines[name]
         where = target or default_target(precision, engine, facts)
-        if not unsupported(precision, engine, where)[0]:
+        if not unsupported(precision, engine, where)[0] and not no_gpu(engine, where, facts):
             possible.append(name)
-            if not facts.missing(requirements(engine, where)):
+            if not facts.missing(requirements(engine, where)) and not no_program(engine, facts):
                 return name
-    if possible or names:
-        return (possible or names)[0]
+    there = [name for name in names if target and all(is_target(registry.engines[name], t) for t in parts(target))]
+    if possible or there or names:
+        return (possible or there or names)[0]
     raise RequestError("no engine is installed", "name one with @ENGINE, or install a package that adds one")
+
+
+def _targets(engine: Engine) -> str:
+    return ", ".join(sorted(engine.targets, key=lambda target: (len(target), target)))
 
 
 def _runs(engine: Engine, precision: Precision, target: str) -> bool:
     """Whether the engine can run checkpoints of the precision's algorithm there."""
     known = [algorithms for pattern, algorithms in engine.algorithms.items() if fnmatch(target, pattern)]
     return not precision.algorithm or not known or any(precision.algorithm in algorithms for algorithms in known)
-
-
-def _compute(target: str) -> str:
-    """`8.9` from `sm89`, `12.0` from `sm120`; nothing for a target that is no GPU."""
-    digits = target.removeprefix("sm")
-    return f"{digits[:-1]}.{digits[-1]}" if target != digits and len(digits) > 1 and digits.isdigit() else ""

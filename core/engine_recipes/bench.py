@@ -90,6 +90,7 @@ def run(setup: Setup, plan: Plan, settings: Settings, listen: Callable[[Event], 
         "providers": [asdict(provider)],
         "folder": str(folder),
         "settings": asdict(settings),
+        "options": plan.stage("stage2").options,
         "prompts": prompts_for(folder, settings),
     }
     listen({**stage, "status": "started"})
@@ -151,7 +152,12 @@ def prompts_for(folder: Path, settings: Settings) -> list[list[int]]:
 
 
 def measure(
-    host: Host, provider: Provider, folder: Path, settings: Settings, prompts: Sequence[Sequence[int]]
+    host: Host,
+    provider: Provider,
+    folder: Path,
+    settings: Settings,
+    prompts: Sequence[Sequence[int]],
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Load and generate, in this process, which must be fresh.
 
@@ -159,10 +165,13 @@ def measure(
     empties. Generations use that first runtime; then it is closed and loaded again `repeat` times. So peak memory is
     that of one load and its generations.
 
+    Args:
+        options: of the engine, for loading it.
+
     Returns:
         The `metrics` of a result. Seconds, tokens a second over the whole batch, bytes.
     """
-    options = {} if settings.threads is None else {"threads": settings.threads}
+    options = {**(options or {}), **({} if settings.threads is None else {"threads": settings.threads})}
 
     def load() -> tuple[Runtime, float]:
         start = time.perf_counter()

@@ -1,23 +1,33 @@
-"""What this machine is: GPUs, versions, disk, memory. Imports no engine and starts nothing heavy."""
+"""What this machine is: GPUs, versions, programs, memory. Imports no engine and starts nothing heavy."""
 
 from __future__ import annotations
 
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+#: Programs that are always looked for: what asks the driver, and what runs containers and gives them a GPU.
+PROGRAMS = ("nvidia-smi", "docker", "podman", "nvidia-ctk", "nvidia-container-cli")
+#: Is there on Linux where the driver's kernel module is loaded, whether or not it answers.
+DRIVER = Path("/proc/driver/nvidia/version")
+_WSL = Path("/dev/dxg")  # Windows' Linux has its driver outside
+_QUERY = "name,compute_cap,memory.total,driver_version,memory.free"
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One NVIDIA GPU. `compute` is its compute capability, `8.9`; memory in bytes."""
+    """One NVIDIA GPU. `compute` is its compute capability, `8.9`; memory in bytes, 0 if it is not known."""
 
     name: str
     compute: str
     memory_bytes: int
     driver: str
+    memory_free_bytes: int = 0
 
     @property
     def target(self) -> str:
@@ -27,7 +37,15 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Facts:
-    """A machine, as far as plans depend on it. Tests make their own."""
+    """A machine, as far as plans depend on it. Tests make their own.
+
+    Attributes:
+        versions: distribution -> version, of those that were asked for and are installed.
+        memory_bytes: RAM of the machine, or of the control group that this process is in; 0 if it is not known.
+        memory_available_bytes: how much of it can be had without swapping; 0 if it is not known.
+        cuda: the newest CUDA version that the driver runs, `13.0`; empty without a driver.
+        programs: name -> path, of those that were asked for and are there.
+    """
 
     gpus: tuple[Gpu, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -35,11 +53,24 @@ class Facts:
     machine: str = ""
     cpus: int = 1
     memory_bytes: int = 0
+    memory_available_bytes: int = 0
+    cuda: str = ""
+    programs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def target(self) -> str:
         """The first GPU's target, or `cpu`."""
         return self.gpus[0].target if self.gpus else "cpu"
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Every GPU's target, each once; nothing without a GPU."""
+        return tuple(dict.fromkeys(gpu.target for gpu in self.gpus))
+
+    @property
+    def driver(self) -> str:
+        """The version of the NVIDIA driver, `580.159.04`; empty without a GPU."""
+        return self.gpus[0].driver if self.gpus else ""
 
     def meets(self, requirement: str) -> bool:
         """Whether one alternative of `onnxruntime>=1.23 | onnxruntime-gpu>=1.23` is installed."""
@@ -87,19 +118,29 @@ def distribution(requirement: str) -> str:
     return requirement[:end].lower().replace("_", "-")
 
 
-def read(requirements: Iterable[str] = ()) -> Facts:
-    """Look at this machine. `requirements` name the distributions whose versions are wanted."""
+def read(requirements: Iterable[str] = (), programs: Iterable[str] = ()) -> Facts:
+    """Look at this machine.
+
+    Args:
+        requirements: name the distributions whose versions are wanted.
+        programs: to look for on the PATH, beside PROGRAMS. None is started.
+    """
     import platform
+    from shutil import which
 
     names = {distribution(a) for r in requirements for a in r.split("|")}
-    versions = {name: version for name in names if (version := _version(name))}
+    found, cuda = nvidia()
+    total, available = memory()
     return Facts(
-        gpus=tuple(gpus()),
-        versions=versions,
+        gpus=tuple(found),
+        versions={name: version for name in names if (version := _version(name))},
         python=platform.python_version(),
         machine=platform.machine(),
         cpus=cpus(),
-        memory_bytes=memory_bytes(),
+        memory_bytes=total,
+        memory_available_bytes=available,
+        cuda=cuda,
+        programs={name: path for name in (*PROGRAMS, *programs) if (path := which(name))},
     )
 
 
@@ -117,62 +158,151 @@ def cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def memory_bytes() -> int:
-    """Physical memory; 0 if it cannot be told."""
+def memory(root: Path = Path("/")) -> tuple[int, int]:
+    """RAM in bytes: what there is, and what can be had without swapping. 0 for what cannot be told.
+
+    A control group (a container, a batch system's job) may allow less than the machine has; then its numbers count.
+    """
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        total, available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 0
     except (ValueError, OSError, AttributeError):
-        return 0
+        total, available = 0, 0
+    info = dict(re.findall(r"^(MemTotal|MemAvailable):\s*(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE))
+    total, available = (int(info.get(k, 0)) << 10 or v for k, v in (("MemTotal", total), ("MemAvailable", available)))
+    for limit, used in _limits(root):
+        total = min(total or limit, limit)
+        available = min(available or total, max(limit - used, 1))
+    return total, available
 
 
-def gpus() -> list[Gpu]:
-    """NVIDIA GPUs, through NVML if nvidia-ml-py is installed, else nvidia-smi. Empty without a driver."""
-    if sys.platform == "linux" and not Path("/proc/driver/nvidia/version").exists():
-        return []
+def _limits(root: Path) -> Iterator[tuple[int, int]]:
+    """Bytes that the control groups of this process allow, and what is taken of them: file pages that can be dropped
+    left out. Of each group and those above it, version 2 and 1."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0":
+            mount, limit, usage, cache = root / "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            mount, limit, usage = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        group = Path(path.lstrip("/"))
+        for place in (group, *group.parents):  # inside a container the path may be the host's: only the last is there
+            allowed, used = (_text(mount / place / name).strip() for name in (limit, usage))
+            if allowed.isdigit() and used.isdigit():  # `max` is no limit
+                droppable = re.search(rf"^{cache} (\d+)", _text(mount / place / "memory.stat"), re.MULTILINE)
+                yield int(allowed), int(used) - (int(droppable[1]) if droppable else 0)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def nvidia() -> tuple[list[Gpu], str]:
+    """NVIDIA GPUs and the CUDA version, through NVML if nvidia-ml-py is installed, else nvidia-smi. Nothing without a
+    driver, or with one that does not answer."""
+    if sys.platform == "linux" and not (DRIVER.exists() or _WSL.exists()):
+        return [], ""
     try:
         return _by_nvml()
     except ImportError:
-        return _by_nvidia_smi()
+        answer, why = ask(["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"], 20)
+        return ([] if why else parse_nvidia_smi(answer)), _cuda()
 
 
-def _by_nvml() -> list[Gpu]:
+def _by_nvml() -> tuple[list[Gpu], str]:
     import pynvml
 
+    failures = (pynvml.NVMLError, ValueError, AttributeError)  # an older library lacks functions
+    found, cuda = [], ""
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    try:
-        driver = pynvml.nvmlSystemGetDriverVersion()
-        found = []
+    except failures:
+        return [], ""
+    with suppress(*failures):
+        cuda = _dotted(pynvml.nvmlSystemGetCudaDriverVersion_v2())
+    with suppress(*failures):
+        driver = str(pynvml.nvmlSystemGetDriverVersion())
         for index in range(pynvml.nvmlDeviceGetCount()):
-            device = pynvml.nvmlDeviceGetHandleByIndex(index)
-            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(device)
-            memory = pynvml.nvmlDeviceGetMemoryInfo(device).total
-            found.append(Gpu(pynvml.nvmlDeviceGetName(device), f"{major}.{minor}", memory, driver))
-        return found
-    except pynvml.NVMLError:
-        return []
-    finally:
+            with suppress(*failures):  # one that is lost or not ours does not hide the others
+                found.append(_device(pynvml, index, driver, failures))
+    with suppress(*failures):
         pynvml.nvmlShutdown()
+    return found, cuda
 
 
-def _by_nvidia_smi() -> list[Gpu]:
-    import subprocess
+def _device(pynvml: Any, index: int, driver: str, failures: tuple[type[Exception], ...]) -> Gpu:
+    device = pynvml.nvmlDeviceGetHandleByIndex(index)
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(device)
+    total = free = 0
+    with suppress(*failures):  # a GPU that is split into instances may not tell
+        memory = pynvml.nvmlDeviceGetMemoryInfo(device)
+        total, free = memory.total, memory.free
+    return Gpu(str(pynvml.nvmlDeviceGetName(device)), f"{major}.{minor}", total, driver, free)
 
-    query = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader,nounits"]
+
+def _cuda() -> str:
+    """The CUDA version that the driver's own library names, as NVML does; nothing is initialised."""
+    import ctypes
+
+    version = ctypes.c_int()
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return parse_nvidia_smi(done.stdout)
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return ""
+    return "" if failed else _dotted(version.value)
+
+
+def _dotted(version: int) -> str:
+    """`13.0` from 13000."""
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def parse_nvidia_smi(text: str) -> list[Gpu]:
-    """GPUs from `nvidia-smi --query-gpu=name,compute_cap,memory.total,driver_version --format=csv,noheader,nounits`."""
+    """GPUs from `nvidia-smi --query-gpu=name,compute_cap,memory.total,driver_version,memory.free
+    --format=csv,noheader,nounits`. Memory that it does not tell (`[N/A]`) is 0."""
     found = []
     for line in text.splitlines():
         parts = [part.strip() for part in line.split(",")]
-        if len(parts) == 4 and parts[2].isdigit():
-            found.append(Gpu(parts[0], parts[1], int(parts[2]) << 20, parts[3]))
+        if len(parts) == 5 and re.fullmatch(r"\d+\.\d+", parts[1]):
+            total, free = (int(parts[i]) << 20 if parts[i].isdigit() else 0 for i in (2, 4))
+            found.append(Gpu(parts[0], parts[1], total, parts[3], free))
     return found
+
+
+def ask(command: Sequence[str], seconds: float) -> tuple[str, str]:
+    """What a program prints, and why it failed: empty if it did not. It is ended, with its children, after `seconds`.
+
+    A program that fails says why in its last line.
+    """
+    import signal
+    import subprocess
+
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # so that one signal reaches its children: they hold the pipes
+        )
+    except OSError as error:
+        return "", error.strerror or str(error)
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):  # one that waits for a broken driver does not even die
+            process.communicate(timeout=1)
+        return "", f"no answer within {seconds:g} s"
+    answer, said = (text.decode(errors="replace").strip() for text in (out, err))
+    if process.returncode:
+        last = (said or answer).splitlines()[-1:]
+        return answer, " ".join(last) or f"exit code {process.returncode}"
+    return answer, ""

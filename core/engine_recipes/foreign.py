@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import refs
+from . import portability, refs
 from .api import Setup
 from .errors import Rejected, RequestError, StageFailed
 from .planning import Plan
@@ -69,6 +69,10 @@ def _plan_engine(setup: Setup, folder: Path, source: str | None, settings: Mappi
         ready |= _inputs(setup, ref, manifest)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise RequestError(f"{folder / MANIFEST} is damaged", "build or copy the engine again") from None
+    engine = setup.registry.engines[str(ref.engine)]
+    foreign = portability.check(manifest, setup.facts, engine, setup.registry)
+    if foreign and not portability.runs_here(manifest, setup.facts):  # without its GPU it may still be simulated
+        raise foreign
     return setup.plan(str(ref), target=target, settings={**given, **(settings or {})}, ready=ready)
 
 

@@ -6,7 +6,7 @@ Each hook is called on the provider that the plan chose, by name; `validate` alo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +105,37 @@ def stage1(context: StageContext) -> None:
 
 
 @hookspec
-def stage2(context: StageContext) -> None:
+def command(context: StageContext) -> Sequence[str]:
+    """Which program of the user's stage 2 would run, and with which arguments. Called on engines that name `programs`.
+
+    `recipes plan` shows it; nothing is run, and nothing of `context.inputs` need exist. Called in the caller's process:
+    it must be quick and import nothing heavy.
+
+    Args:
+        context: of stage 2. Its `out` is where the engine will lie in the end.
+
+    Example:
+        ```python
+        from engine_recipes import hookimpl
+
+        @hookimpl
+        def command(context):
+            return ["acme-build", str(context.input("trtllm-checkpoint").path), "--output", str(context.out)]
+        ```
+    """
+
+
+@hookspec
+def stage2(context: StageContext) -> Mapping[str, Any] | None:
     """Compile. Called on the engine, in a worker.
 
     Turn the checkpoint in `context.inputs` into files the engine can load, in `context.out`. Tokenizer files are
     copied beside them by core.
+
+    Returns:
+        Nothing, or what the manifest should tell as `result`. Of that `versions` (distribution -> version) is compared
+        before the engine is loaded, for what the registry entry `binds`; needed only where the engine's library lies
+        in another environment than ours.
 
     Example:
         ```python
@@ -195,12 +221,39 @@ def validate(context: StageContext) -> list[Check | Measure]:
 
 
 @hookspec
+def simulate(context: StageContext) -> Runtime:
+    """Compute what the engine computes on a machine where it cannot run. Called on the engine, in a worker. Optional.
+
+    `validate` asks for it where the engine's GPU is not here, so that a build can be judged all the same; the verdict
+    says that the engine itself did not run, and is at best a warning.
+
+    Args:
+        context: of validate: the engine, the checkpoint and the source are among its inputs. `context.out` is for
+            files that the runtime needs meanwhile.
+
+    Returns:
+        A Runtime that gives the same numbers, as far as arithmetic allows.
+
+    Example:
+        ```python
+        from engine_recipes import checkpoint, hookimpl
+
+        @hookimpl
+        def simulate(context):
+            with checkpoint.open_checkpoint(context.input("trtllm-checkpoint").path) as weights:
+                return MyRuntimeOnTheCpu(weights)
+        ```
+    """
+
+
+@hookspec
 def load_engine(folder: Path, options: Mapping[str, Any]) -> Runtime:
     """Load a built engine. Called on the engine, by `run`, `validate` and `bench` alike.
 
     Args:
         folder: the engine's folder, as stage 2 wrote it, with tokenizer files and `manifest.json`.
-        options: of the runtime, as given to `engine_recipes.load`; may be ignored.
+        options: those of stage 2 as they are settled on this machine, and over them what was given to
+            `engine_recipes.load`; may be ignored.
 
     Returns:
         A Runtime. Its `logits` may return None where the engine does not give them. It may have `generate_batch` as

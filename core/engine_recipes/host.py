@@ -67,9 +67,20 @@ class Host:
         """Have a precision write a checkpoint."""
         self._one("stage1", provider)(context=context)
 
-    def stage2(self, provider: Provider, context: StageContext) -> None:
-        """Have an engine compile."""
-        self._one("stage2", provider)(context=context)
+    def stage2(self, provider: Provider, context: StageContext) -> dict[str, Any]:
+        """Have an engine compile. What it tells of it, for the manifest."""
+        told = self._one("stage2", provider)(context=context)
+        return dict(told) if isinstance(told, Mapping) else {}
+
+    def command(self, provider: Provider, context: StageContext) -> list[str] | None:
+        """Ask an engine which program of the user's it would run, with which arguments."""
+        words = self._one("command", provider, optional=True)(context=context)
+        return None if words is None else [str(word) for word in words]
+
+    def simulate(self, provider: Provider, context: StageContext) -> Runtime | None:
+        """Have an engine compute what it would compute where it cannot run; None if it cannot do that."""
+        runtime: Runtime | None = self._one("simulate", provider, optional=True)(context=context)
+        return runtime
 
     def load_engine(self, provider: Provider, folder: Path, options: Mapping[str, Any]) -> Runtime:
         """Have an engine load what it compiled."""

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from .availability import default_engine, default_target, lacking, not_fetched, unsupported
+from . import portability, targets
+from .availability import (
+    default_engine,
+    default_target,
+    is_target,
+    lacking,
+    not_fetched,
+    requirements,
+    untargeted,
+    why_not,
+)
+from .combinations import complete, refused
 from .errors import MachineError, RequestError
 from .facts import Facts
 from .gate import Bound, limits
@@ -23,10 +36,14 @@ class Plan:
     """A complete reference and the stages that make its engine.
 
     Attributes:
+        parameters: of the model; 0 if nobody knows yet.
         chosen: what the request left open and was chosen, in words.
         bounds: where each metric warns and fails.
         not_compared: why validation compares the engine with nothing; empty if it does.
-        blocked: why this machine cannot build it now, and what to do; None if it can.
+        cannot_run: why this machine cannot run the engine; empty if it can.
+        machine: this machine, for the manifest.
+        lacking: a package, a program or a GPU that this machine has not; None if it has all.
+        blocked: that, or data or a checkpoint that is missing: why it cannot be built now; None if it can.
     """
 
     ref: Ref
@@ -38,9 +55,13 @@ class Plan:
     target: str
     located: Located | None
     stages: tuple[Stage, ...]
+    parameters: int
     chosen: tuple[str, ...]
     bounds: Mapping[str, Bound]
     not_compared: str
+    cannot_run: str
+    machine: Mapping[str, Any]
+    lacking: MachineError | None
     blocked: MachineError | None
 
     @property
@@ -65,6 +86,12 @@ class Plan:
     def recipe(self) -> dict[str, Value]:
         """Those of them that the engine depends on."""
         return {key: value for key, value in self.given.items() if not key.startswith(PREFIXES["validate"])}
+
+    @property
+    def ranks(self) -> int:
+        """Of how many GPUs' parts the checkpoint is."""
+        sizes = (self.settings.get(name) for name in ("tp_size", "pp_size"))
+        return math.prod(int(size.value) for size in sizes if size)
 
     @property
     def is_of_strangers(self) -> bool:
@@ -106,9 +133,12 @@ def make(
     family = registry.families[model.family]
     precision = registry.precisions[ref.precision or registry.defaults.precision]
     calibration = registry.calibration_of(precision)
-    engine = registry.engines[ref.engine or default_engine(registry, precision, facts, target)]
+    target = targets.normal(target) if target else None
+    engine = complete(registry.engines[ref.engine or default_engine(registry, precision, facts, target)])
     where = target or default_target(precision, engine, facts)
-    reason, hint = unsupported(precision, engine, where)
+    if not target and not is_target(engine, where):
+        raise untargeted(engine, facts)
+    reason, hint = why_not(registry, precision, engine, where)
     if reason:
         raise RequestError(f"{model.name}:{precision.name}@{engine.name} cannot be built: {reason}", hint)
     chosen = [
@@ -123,7 +153,11 @@ def make(
     entries = Entries(registry, family, calibration, precision, engine, model, located, ready or {})
     builder = Builder(entries, facts, where, dict(settings or {}), identify)
     stages = builder.all()
-    blocked = lacking(None if ready else calibration, precision, engine, where, facts) or builder.blocked
+    rule = refused(engine.refuses, where, builder.values(stages))
+    if rule and not ready:
+        raise RequestError(f"{model.name}:{precision.name}@{engine.name} cannot be built: {rule.why}", rule.instead)
+    compiling = next(stage for stage in stages if stage.name == "stage2")
+    missing = lacking(None if ready else calibration, precision, engine, where, facts, compiling.options)
     return Plan(
         ref=Ref(ref.model, precision.name, engine.name),
         model=model,
@@ -134,8 +168,12 @@ def make(
         target=where,
         located=located,
         stages=stages,
+        parameters=entries.parameters,
         chosen=tuple(chosen),
         bounds=limits.bounds(registry, stages[-1].options),
         not_compared=builder.not_compared,
-        blocked=blocked or (not_fetched(model) if located is None else None),
+        cannot_run=builder.cannot_run,
+        machine=portability.describe(facts, requirements(engine, where)),
+        lacking=missing,
+        blocked=missing or builder.blocked or (not_fetched(model) if located is None else None),
     )

@@ -50,6 +50,9 @@ class Option:
     Attributes:
         data: the value names data (`FILE.txt`, `hf:DATASET`): what counts in the key is its content, not its name.
         keyed: False for a setting that says how a thing is done and not what it is; it is in no key.
+        unset: what an option that is left empty amounts to: the tool's own default, for `refuses` to look at.
+        versions: of the tool that have it, as a version range; compared with the option `version`.
+        kind: of an option that may stay empty, what it is otherwise: an engine's own words.
     """
 
     default: Value
@@ -59,6 +62,9 @@ class Option:
     help: str = ""
     data: bool = False
     keyed: bool = True
+    unset: Value = ""
+    versions: str = ""
+    kind: str = ""
 
     @classmethod
     def from_value(cls, value: Any) -> Option:
@@ -79,6 +85,41 @@ class Needs:
     """Hardware that a precision pays on, as a version range: `compute = ">=8.9"`. Empty: any."""
 
     compute: str = ""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a stage takes at its peak, for a model of so many parameters: the base, and bytes for each of them.
+
+    An engine's are for each parameter of a 16-bit checkpoint; of one with smaller weights it takes as much less.
+
+    Attributes:
+        memory_base: bytes of RAM, whatever the model.
+        memory: bytes of RAM for each parameter.
+        disk: bytes on disk for each parameter.
+        gpu_memory: bytes of GPU memory for each parameter, where a GPU is used.
+    """
+
+    memory_base: int = 0
+    memory: float = 0.0
+    disk: float = 0.0
+    gpu_memory: float = 0.0
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A combination that cannot work, refused before any work.
+
+    Attributes:
+        when: all of these hold. The key is `target`, `compute`, `precision`, `algorithm`, or an option as in `--set`;
+            the value a pattern, see `combinations.matches`.
+        why: one line, what is wrong.
+        instead: one line, what to do about it.
+    """
+
+    when: Mapping[str, str]
+    why: str
+    instead: str
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -127,6 +168,7 @@ class StageEntry(Entry):
     Attributes:
         requires: distributions, `onnx>=1.17`; alternatives are joined by `|`.
         install: what to run when one is missing.
+        costs: what the stage takes at its peak.
     """
 
     module: str
@@ -135,6 +177,7 @@ class StageEntry(Entry):
     requires: tuple[str, ...] = ()
     install: str = ""
     options: Mapping[str, Option] = field(default_factory=dict)
+    costs: Costs = Costs()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -204,12 +247,30 @@ class Engine(StageEntry):
         target_requires: more distributions, by target.
         algorithms: by target, the `quant_algo` values it can run there; a target that is not named runs any.
         hardware: facts that go into the key: `target`, `gpu`, `driver`.
+        combines: one engine may be for several targets: `sm86+sm89`.
+        needs_gpu: it compiles on the GPU that the engine is for, so this machine must have it.
+        details: `package:NAME/FILE.toml`, more of `options` and `refuses`; read when a plan needs them.
+        programs: what must be on the PATH, or beside `python`; by the value of the option `runtime`, if it has one.
+        python: the interpreter of another environment that holds the engine's library; its option `python`.
+        refuses: combinations that cannot work.
+        binds: distributions that must have the same version where the engine runs as where it was built.
+        min_driver: the oldest NVIDIA driver that runs it.
+        runtime: what a loaded engine takes.
     """
 
     targets: tuple[str, ...]
     target_requires: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     algorithms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     hardware: tuple[str, ...] = ("target",)
+    combines: bool = False
+    needs_gpu: bool = False
+    details: str = ""
+    programs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    python: str = ""
+    refuses: tuple[Refusal, ...] = ()
+    binds: tuple[str, ...] = ()
+    min_driver: str = ""
+    runtime: Costs = Costs()
 
 
 @dataclass(frozen=True)
@@ -489,7 +550,10 @@ class _Merger:
         """Every setting must name an option that some calibration, precision or engine has."""
         known = {name for entry in registry.precisions.entries.values() for name in entry.options}
         known |= {f"calib.{name}" for entry in registry.calibrations.entries.values() for name in entry.options}
-        known |= {f"build.{name}" for entry in registry.engines.entries.values() for name in entry.options}
+        engines = registry.engines.entries.values()
+        known |= {f"build.{name}" for entry in engines for name in entry.options}
+        if any(key.startswith("build.") and key not in known for key in self.set_keys(registry)):
+            known |= self.detailed(engines)
         known |= {f"gate.{name}" for name in registry.gate.options}
         known |= {f"gate.{name}.{limit}" for name in registry.metrics.entries for limit in ("warn", "fail")}
         for names in registry.kinds:
@@ -499,6 +563,22 @@ class _Merger:
                     if key not in known:
                         path = f"{names.kind}.{quote(name)}.settings.{quote(key)}"
                         self.complain(owner, f"{path}: unknown{suggest(key, known)}")
+
+    def detailed(self, engines: Iterable[Engine]) -> set[str]:
+        """Options that stand in the files of engines' `details`: read only if it matters."""
+        from . import combinations
+
+        found: set[str] = set()
+        for engine in engines:
+            try:
+                found |= {f"build.{name}" for name in combinations.complete(engine).options}
+            except RequestError as error:
+                self.complain(engine.owner, error.message)
+        return found
+
+    def set_keys(self, registry: Registry) -> set[str]:
+        """Every option that some entry sets."""
+        return {key for names in registry.kinds for entry in names.entries.values() for key in entry.settings}
 
     def kind(self, kind: str, cls: type[E]) -> tuple[dict[str, E], dict[str, RequestError]]:
         entries: dict[str, E] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -79,7 +78,8 @@ class How:
     """Choices about running, not about what is built; none of them is in a key.
 
     Attributes:
-        force: do again what was done; what a plan says is ready is used all the same.
+        force: do again what was done, and what is estimated not to fit; what a plan says is ready is used all the
+            same.
         accept: why an engine that fails its validation is published nevertheless; empty: it is not.
     """
 
@@ -244,6 +244,8 @@ class _Walk:
                 "bits": self.plan.precision.bits,
                 "gives": self.plan.precision.gives,
                 "not_compared": self.plan.not_compared,
+                "cannot_run": self.plan.cannot_run,
+                "engine_options": self.plan.stage("stage2").options,
             },
             "architectures": self.plan.family.architectures,
             "source": {
@@ -265,6 +267,8 @@ class _Walk:
             inputs=tuple(self.artifacts),
             out=out,
             target=self.plan.target,
+            cache=self.store.cache(self.plan.engine.name),
+            ranks=self.plan.ranks,
         )
 
     def manifest(self, stage: Stage, answer: Answer, seconds: float) -> dict[str, Any]:
@@ -286,7 +290,7 @@ class _Walk:
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "seconds": round(seconds, 3),
             "peak_rss_bytes": answer.peak_rss_bytes,
-            "machine": {"python": platform.python_version(), "system": platform.platform()},
+            "machine": dict(self.plan.machine),
             "result": answer.value,
         }
 

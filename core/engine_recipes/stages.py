@@ -6,13 +6,14 @@ A key is the hash of all that determines a stage's result: provider and version,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from . import __version__
+from . import __version__, portability
 from .availability import requirements
+from .combinations import is_version
 from .errors import MachineError, RequestError, did_you_mean
-from .facts import Facts
+from .facts import Facts, within
 from .gate import limits
 from .keys import key_of
 from .options import Setting, settle
@@ -99,6 +100,7 @@ class Builder:
     Attributes:
         blocked: data or a package that some stage needs and this machine has not.
         not_compared: why nothing runs the source; empty if something does.
+        cannot_run: why this machine cannot run the engine; empty if it can.
     """
 
     def __init__(
@@ -108,15 +110,18 @@ class Builder:
         self.given, self.identify = given, identify
         self.blocked: MachineError | None = None
         self.limits = limits.options(entries.registry, entries.precision, entries.parameters)
+        self.version = ""
+        self.cannot_run = portability.runs_here({"target": target}, facts)
         self.not_compared = ""
 
     def all(self) -> tuple[Stage, ...]:
         """Every stage, in order."""
-        of = self.entries
+        of = self.entries = self.for_version()
         known = self.known()
         unknown = [key for key in self.given if key not in known]
         if unknown:
-            raise RequestError(f"no option {unknown[0]!r} here", did_you_mean(unknown[0], known))
+            where = "here" if not self.version else f"of {of.engine.name} {self.version}, or of the other stages"
+            raise RequestError(f"no option {unknown[0]!r} {where}", did_you_mean(unknown[0], known))
         made = [self.resolve()]
         if of.calibration:
             shared = {name: option for name, option in of.precision.options.items() if name in of.calibration.shares}
@@ -129,6 +134,26 @@ class Builder:
         if "stage1" in of.ready:
             made = [stage for stage in made if stage.ready or stage.name != "calibrate"]
         return *reversed(made), *self.judging(made)
+
+    def for_version(self) -> Entries:
+        """The entries, the engine's options without those that its chosen `version` has not."""
+        engine = self.entries.engine
+        if "version" not in engine.options:
+            return self.entries
+        self.version = str(self.settle("stage2", engine, {"version": engine.options["version"]})["version"].value)
+        if not is_version(self.version):
+            raise RequestError(f"build.version = {self.version!r} is no version", "for example 1.2.1")
+        options = {k: o for k, o in engine.options.items() if not o.versions or within(self.version, o.versions)}
+        return replace(self.entries, engine=replace(engine, options=options))
+
+    def values(self, stages: Sequence[Stage]) -> dict[str, Value]:
+        """What rules of an engine look at: precision, algorithm, and every option as in `--set`, unset ones too."""
+        precision = self.entries.precision
+        found: dict[str, Value] = {"precision": precision.name, "algorithm": precision.algorithm}
+        for stage in stages:
+            for name, setting in stage.settings.items():
+                found[setting.key] = setting.value if setting.value != "" else self.option(stage.name, name).unset
+        return found
 
     def known(self) -> list[str]:
         """Every option there is, as in `--set`."""
@@ -263,6 +288,8 @@ class Builder:
             preimage |= {"judges": [vars(judge) for judge in judges], "data": data}
             preimage["claims"] = {"algorithm": of.precision.algorithm, "bits": of.precision.bits}
             preimage["not compared"] = self.not_compared
+            if self.cannot_run:
+                preimage["simulated"] = True
         return Stage("validate", who, settings, "", preimage, None)
 
     # --- names --------------------------------------------------------------------------------------------------

@@ -135,6 +135,10 @@ class Store:
         """Where the output of the tools that make or judge a folder is kept, also of failed runs."""
         return self._make(self.workspace / "logs") / f"{place}-{folder.name}.log"
 
+    def cache(self, engine: str) -> Path:
+        """What an engine keeps from one build to the next; not made here."""
+        return self.workspace / "caches" / engine
+
     def holds(self, engine: Path) -> bool:
         """Whether an engine's folder is one of this workspace's."""
         return engine.parent == self.workspace / "engines"

@@ -86,7 +86,10 @@ class StageContext:
             precision names a calibration; stage 2 the checkpoint and those; validate the engine and those, and last
             the baseline, if there is one.
         out: an empty folder; write here and nowhere else. It is published by one rename when the hook returns.
-        target: what the engine is for: `cpu`, `sm89` …
+        target: what the engine is for: `cpu`, `sm89`, or `sm86+sm89` for an engine that combines them.
+        ranks: over how many GPUs the checkpoint is split: `tp_size` times `pp_size`.
+        cache: a folder of this engine's own in the workspace, which outlives builds: for what makes the next one
+            faster. It may not exist yet, and other builds use it at the same time.
     """
 
     ref: str
@@ -95,6 +98,8 @@ class StageContext:
     inputs: tuple[Artifact, ...]
     out: Path
     target: str = "cpu"
+    cache: Path = Path()
+    ranks: int = 1
 
     def input(self, kind: str) -> Artifact:
         """The nearest input of that kind. Raises RequestError if there is none."""
@@ -107,13 +112,15 @@ class StageContext:
     def as_json(self) -> dict[str, Any]:
         """As plain JSON, for another process."""
         inputs = [{**vars(artifact), "path": str(artifact.path)} for artifact in self.inputs]
-        return {**vars(self), "options": dict(self.options), "inputs": inputs, "out": str(self.out)}
+        places = {"out": str(self.out), "cache": str(self.cache)}
+        return {**vars(self), "options": dict(self.options), "inputs": inputs, **places}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> StageContext:
         """The reverse of `as_json`."""
         inputs = tuple(Artifact(a["kind"], Path(a["path"]), a["key"]) for a in data["inputs"])
-        return cls(**{**data, "inputs": inputs, "out": Path(data["out"])})
+        places = {"out": Path(data["out"]), "cache": Path(data["cache"])}
+        return cls(**{**data, "inputs": inputs, **places})
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,8 @@ def perform(call: Mapping[str, Any]) -> Any:
     if call["action"] == "bench":
         from .bench import Settings, measure
 
-        return measure(host, providers[0], Path(call["folder"]), Settings(**call["settings"]), call["prompts"])
+        settings, prompts = Settings(**call["settings"]), call["prompts"]
+        return measure(host, providers[0], Path(call["folder"]), settings, prompts, call["options"])
     if call["action"] == "fallbacks":
         report = gate.read(Path(call["engine"])) or Report()
         return [dict(offer) for offer in host.fallbacks(providers[0], StageContext.from_json(call["context"]), report)]
@@ -74,8 +75,9 @@ def perform(call: Mapping[str, Any]) -> Any:
         host.stage1(providers[0], context)
         return _finish_stage1(context, call["gives"], providers[0])
     if context.stage == "stage2":
-        host.stage2(providers[0], context)
-        return _finish_stage2(context)
+        told = host.stage2(providers[0], context)
+        _finish_stage2(context)
+        return told
     from .gate import measuring
 
     if context.stage == "baseline":
@@ -137,13 +139,12 @@ def _finish_stage1(context: StageContext, gives: str, provider: Provider) -> dic
     return {}
 
 
-def _finish_stage2(context: StageContext) -> dict[str, Any]:
+def _finish_stage2(context: StageContext) -> None:
     from .checkpoint import open_source
     from .tokenizer import copy_tokenizer
 
     with open_source(context.input(HF_CHECKPOINT)) as source:
         copy_tokenizer(source.folder, context.out)
-    return {}
 
 
 def _as_event(error: BaseException) -> events.Event:

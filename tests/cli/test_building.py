@@ -63,10 +63,10 @@ def test_plan_shows_the_same_keys_as_build_and_changes_nothing(
 
 
 def test_the_command_it_proposes_runs_what_was_built(toy_model: Path, recipes: Recipes) -> None:
-    err = recipes("build", REF, "--set", "scale=3", "--target", "sm89").err
+    err = recipes("build", REF, "--set", "scale=3", "--target", "cpu").err
     (proposed,) = (line.strip() for line in err.splitlines() if "try: " in line)
-    assert proposed == f'try: recipes run {REF} --set scale=3.0 --target sm89 "What is the capital of France?"'
-    assert recipes("run", REF, "--set", "scale=3.0", "--target", "sm89", "abc", "--raw").out == "cba\n"
+    assert proposed == f'try: recipes run {REF} --set scale=3.0 --target cpu "What is the capital of France?"'
+    assert recipes("run", REF, "--set", "scale=3.0", "--target", "cpu", "abc", "--raw").out == "cba\n"
 
 
 def test_colour_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:

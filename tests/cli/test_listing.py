@@ -9,7 +9,7 @@ from conftest import Recipes, install, package
 
 def test_list_shows_every_combination_with_a_computed_status(toy: None, recipes: Recipes) -> None:
     rows = {row["ref"]: row for row in recipes("list", "--json").json["recipes"]}
-    assert len(rows) == 22 * 9 * 2
+    assert len(rows) == 22 * 9 * 5
     fp16 = rows["qwen2.5-7b:fp16@onnxruntime"]
     assert fp16 == {
         "ref": "qwen2.5-7b:fp16@onnxruntime",
@@ -26,7 +26,7 @@ def test_list_shows_every_combination_with_a_computed_status(toy: None, recipes:
     }
     pair = rows["qwen2.5-7b:plain@onnxruntime"]
     assert (pair["status"], pair["owner"]) == ("unsupported", "engine-recipes-toy")
-    assert pair["reason"] == "onnxruntime takes trtllm-checkpoint, plain gives toy-checkpoint"
+    assert pair["reason"] == "onnxruntime takes trtllm-checkpoint, plain gives toy-checkpoint: fp8 or fp16 or @echo"
 
 
 def test_the_status_follows_what_is_fetched_installed_and_built(toy_model: Path, recipes: Recipes) -> None:
@@ -67,7 +67,7 @@ def test_plugins_shows_what_each_package_adds_and_what_is_wrong_with_it(
     install(monkeypatch, package(tmp_path / "p", "acme-broken", '[precisions.odd]\nmodul = "x"\n'))
     rows = {row["package"]: row for row in recipes("plugins", "--json").json["plugins"]}
     assert rows["engine-recipes-toy"]["families"] == ["toy"]
-    assert rows["engine-recipes-toy"]["engines"] == ["echo"]
+    assert rows["engine-recipes-toy"]["engines"] == ["echo", "tool"]
     assert rows["acme-broken"]["problems"][0] == "precisions.odd.modul: unknown; did you mean module?"
     ran = recipes("plugins")
     assert "acme-broken 0.3" in ran.out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -10,15 +11,16 @@ from typing import Any
 
 import click
 
-from .. import availability, events, refs, runner
+from .. import events, refs, runner
 from ..api import Setup
 from ..errors import MachineError, Rejected
 from ..fallback import Budget, Outcome, run_with_fallback
-from ..planning import STAGES, Plan
+from ..planning import STAGES, Plan, Stage
 from ..registry import Model
 from ..runner import Build, How
 from ..space import human_bytes
 from ..store import size_of
+from ..types import Artifact, StageContext
 from . import report, style
 from .common import (
     complete_ref,
@@ -88,37 +90,60 @@ def plan_command(ref: str, as_json: bool, setup: Setup, choices: dict[str, Any])
         print_json({"schema": 1, "ref": str(plan.ref), "target": plan.target, "stages": rows})
         return
     click.echo(title(plan))
+    said = ""
     for row in rows:
         key = row["key"][:8] or "-"
         click.echo(f"  {row['name']:<9} {row['status']:<8} {key:<9} {row['provider']}")
-        if row["reason"] and row["status"] == "blocked":
-            click.echo(f"            {row['reason']}")
+        if row["reason"] != said:  # the same holds for all stages: say it once
+            said = row["reason"]
+            click.echo(f"            {said}" if said else "", nl=bool(said))
         if row["path"]:
             click.echo(f"            {row['path']}")
+        if row["command"]:
+            click.echo(f"            {shlex.join(row['command'])}")
 
 
 def planned(setup: Setup, plan: Plan) -> list[dict[str, Any]]:
     """One row a stage, as `plan --json` gives them."""
     rows = []
     engine = None
+    problem = plan.blocked or setup.short(plan)
     for stage in plan.stages:
         path = runner.status(plan, stage, setup.store, engine)
         engine = path if stage.name == "stage2" else engine
-        blocked = plan.blocked is not None and path is None
-        reason = f"{plan.blocked.message}; {plan.blocked.hint}" if plan.blocked and blocked else ""
+        blocked = problem is not None and path is None
+        reason = f"{problem.message}; {problem.hint}" if problem and blocked else ""
         rows.append(
             {
                 "name": stage.name,
                 "provider": str(stage.provider),
                 "key": stage.key,
                 "status": "cached" if path else "blocked" if blocked else "to run",
-                "command": None,
+                "command": _command(setup, plan, stage),
                 "reason": reason,
                 "options": {k: v for k, v in stage.options.items() if v not in (math.inf, -math.inf)},  # no limit
                 "path": str(path) if path else None,
             }
         )
     return rows
+
+
+def _command(setup: Setup, plan: Plan, stage: Stage) -> list[str] | None:
+    """The command of the user's own that an engine would run; None if it runs none."""
+    from ..host import Host
+
+    if stage.name != "stage2" or not plan.engine.programs or not stage.slot:
+        return None
+    before = [s for s in reversed(plan.stages[: plan.stages.index(stage)]) if s.slot or s.ready]
+    inputs = tuple(
+        Artifact(s.gives, s.ready.path if s.ready else setup.store.path(s.slot), s.key)  # type: ignore[arg-type]
+        for s in before
+    )
+    cache = setup.store.cache(plan.engine.name)
+    context = StageContext(
+        str(plan.ref), "stage2", stage.options, inputs, setup.store.path(stage.slot), plan.target, cache, plan.ranks
+    )
+    return Host().command(stage.provider, context)
 
 
 def title(plan: Plan) -> str:
@@ -136,7 +161,7 @@ def title(plan: Plan) -> str:
 @click.option("--fallback", is_flag=True, help="after a rejection try what the precision offers next")
 @click.option("--max-builds", type=click.IntRange(min=1), default=4, show_default=True, help="of --fallback")
 @click.option("--max-minutes", type=click.FloatRange(min=0), default=120, show_default=True, help="of --fallback")
-@click.option("--force", is_flag=True, help="build again what is there already")
+@click.option("--force", is_flag=True, help="build again what is there, and what is estimated not to fit")
 @json_option
 @quiet_option
 @verbose_option
@@ -172,6 +197,10 @@ def build_command(
     how = How(until or STAGES[-1], not no_validate, force, accept)
     budget = Budget(max_builds if fallback else 0, max_minutes)
     plans = _plans(setup, references, choices, may_fetch, yes, quiet)
+    for plan in plans:
+        short = None if force else setup.short(plan)
+        if short:
+            raise short
     builds: list[Outcome] = []
     try:
         with reporter(quiet, verbose) as lines:
@@ -217,9 +246,8 @@ def _plan(setup: Setup, text: str, chosen: dict[str, Any], may_fetch: bool) -> P
         if may_fetch and refs.is_hub_id(refs.parse(text).model):
             return None
         raise
-    lacking = availability.lacking(plan.calibration, plan.precision, plan.engine, plan.target, setup.facts)
-    if lacking:
-        raise lacking
+    if plan.lacking:
+        raise plan.lacking
     if plan.blocked and not may_fetch:
         raise plan.blocked
     return plan
@@ -239,4 +267,7 @@ def _conclude(lines: Lines, build: Build) -> None:
     conclude(lines, build)
     if engine:
         lines.say(f"  {engine}")
+        if build.plan.cannot_run:
+            lines.say("  carry this folder to such a machine, and there: recipes validate FOLDER")
+            return
         lines.say(f'  try: recipes run {build.plan.arguments} "What is the capital of France?"')

@@ -56,14 +56,24 @@ def recipe_options(function: F) -> Any:
     """Options that choose what is built; the command gets them as `choices` for `setup.plan`, and `setup`."""
 
     @wraps(function)
-    def command(*arguments: Any, engine: str | None, target: str | None, settings: tuple[str, ...], **more: Any) -> Any:
+    def command(
+        *arguments: Any,
+        engine: str | None,
+        target: str | None,
+        runtime: str | None,
+        settings: tuple[str, ...],
+        **more: Any,
+    ) -> Any:
+        if runtime:
+            settings = (*settings, f"build.runtime={runtime}")
         choices = {"engine": engine, "target": target, "settings": read_settings(settings)}
         return function(*arguments, choices=choices, **more)
 
     return _with_options(
         place_options(command),
         click.option("--engine", metavar="NAME", shell_complete=complete_engine, help="as @ENGINE in the reference"),
-        click.option("--target", metavar="NAME", help="cpu, sm89 …; default: this machine"),
+        click.option("--target", metavar="NAME", help="cpu, sm89, sm86+sm89 …; default: this machine"),
+        click.option("--runtime", metavar="NAME", help="local, docker or podman, for engines with tools of their own"),
         click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, help="an option of the recipe"),
     )
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import availability
+from .. import availability, estimates
 from ..api import Setup
 from ..errors import RequestError
-from ..registry import Engine, Entry, Model, Precision
+from ..registry import Engine, Entry, Precision, Registry
 from ..space import human_bytes
+from ..types import StageName
 from . import style
 from .common import complete_ref, json_option, place_options, print_json, print_table, recipe_options
 
 if TYPE_CHECKING:
+    from ..estimates import Needs
     from ..planning import Plan
 
 
@@ -91,15 +93,23 @@ def _pairs(setup: Setup) -> Iterator[tuple[Precision, Engine, str, str, str]]:
             )
             continue
         for engine in setup.registry.engines.entries.values():
-            target = availability.default_target(precision, engine, setup.facts)
-            reason, _ = availability.unsupported(precision, engine, target)
+            target = availability.example_target(precision, engine, setup.facts)
+            reason = _why_not(setup.registry, precision, engine, target)
             lacking = availability.lacking(calibration, precision, engine, target, setup.facts)
             if reason:
                 yield precision, engine, target, "unsupported", reason
             elif lacking:
                 yield precision, engine, target, "missing", lacking.message
             else:
-                yield precision, engine, target, "ready", ""
+                default = availability.default_target(precision, engine, setup.facts)
+                yield precision, engine, target, "ready", "" if target == default else f"with --target {target}"
+
+
+def _why_not(registry: Registry, precision: Precision, engine: Engine, target: str) -> str:
+    """Why a pair does not work, and the nearest that does, in a few words."""
+    reason, _ = availability.unsupported(precision, engine, target)
+    near = availability.alternatives(registry, precision, engine, target) if reason else []
+    return f"{reason}: {' or '.join(near)}" if near else reason
 
 
 def warn_of_problems(setup: Setup) -> None:
@@ -140,6 +150,7 @@ def show_command(ref: str, as_json: bool, setup: Setup, choices: dict[str, Any])
         ("needs", ", ".join(data["requires"]) or "nothing more"),
         ("missing", ", ".join(data["missing"]) or "nothing"),
         ("sizes", ", ".join(f"{k} about {human_bytes(v)}" for k, v in data["sizes"].items()) or "not known"),
+        ("memory", ", ".join(f"{k} about {human_bytes(v)}" for k, v in data["memory"].items()) or "not known"),
     ):
         click.echo(f"  {name:<9} {value}")
     click.echo("  settings")
@@ -151,11 +162,14 @@ def describe(setup: Setup, plan: Plan) -> dict[str, Any]:
     """What `show` prints."""
     measures = plan.calibration.requires if plan.calibration else ()
     engine = availability.requirements(plan.engine, plan.target)
+    needs = estimates.estimate(
+        plan.parameters, plan.precision, plan.engine, plan.calibration, setup.decoder(plan), plan.ranks
+    )
     requires = list(dict.fromkeys([*measures, *plan.precision.requires, *engine]))
     settings = [
         {"key": s.key, "value": s.value, "origin": s.origin, "help": s.help}
         for s in plan.settings.values()
-        if s.value not in (math.inf, -math.inf)  # no limit
+        if s.value not in (math.inf, -math.inf, "")  # no limit, not set
     ]
     return {
         "ref": str(plan.ref),
@@ -181,17 +195,19 @@ def describe(setup: Setup, plan: Plan) -> dict[str, Any]:
         },
         "requires": requires,
         "missing": setup.facts.missing(requires),
-        "sizes": sizes(plan.model, plan.precision, plan.engine),
+        "sizes": sizes(needs, plan),
+        "memory": {name: need.memory for name, need in needs.items() if need.memory},
         "settings": settings,
     }
 
 
-def sizes(model: Model, precision: Precision, engine: Engine) -> dict[str, int]:
-    """Bytes to expect, from the parameter count. Tables and norms make them a little larger."""
-    if not model.parameters:
+def sizes(needs: Mapping[StageName, Needs], plan: Plan) -> dict[str, int]:
+    """Bytes to expect on disk; empty if the number of parameters is not known."""
+    if not needs:
         return {}
-    weights = int(model.parameters * precision.bits / 8)
-    return {"source": model.parameters * 2, "checkpoint": weights, engine.name: weights}
+    engine = needs["stage2"].disk
+    source = {"source": plan.parameters * 2, "checkpoint": needs["stage1"].disk}
+    return {**source, plan.engine.name: engine} if engine else source
 
 
 @click.command("plugins")

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from .. import events
-from ..errors import MachineError
+from ..errors import MachineError, RequestError
 from ..host import Host
 from ..tokenizer import Tokenizer
 from ..types import (
@@ -53,14 +53,20 @@ def measure(host: Host, providers: Sequence[Provider], context: StageContext, cl
 
     Args:
         providers: family, precision and engine.
-        claims: `algorithm`, `bits` and `gives` of the precision; `not_compared`: why there is no baseline.
+        claims: `algorithm`, `bits` and `gives` of the precision; `not_compared`: why there is no baseline;
+            `cannot_run`: why this machine cannot run the engine, which is simulated then; `engine_options`: for
+            loading it.
 
     Raises:
         MachineError: this machine cannot run it, which is not the engine's fault.
     """
     findings = _artifact(context, claims)
     try:
-        runtime = host.load_engine(providers[-1], context.inputs[0].path, {})
+        if claims["cannot_run"]:
+            findings += _not_run(claims["cannot_run"])
+            runtime = _simulated(host, providers[-1], context, claims["cannot_run"])
+        else:
+            runtime = host.load_engine(providers[-1], context.inputs[0].path, claims["engine_options"])
     except MachineError:
         raise
     except Exception as error:  # an engine's own code, on files that may be damaged
@@ -73,6 +79,21 @@ def measure(host: Host, providers: Sequence[Provider], context: StageContext, cl
     answers = host.validate(context)
     measures = tuple(answer for answer in answers if isinstance(answer, Measure))
     return findings + Findings(measures, tuple(answer for answer in answers if isinstance(answer, Check)))
+
+
+def _not_run(why: str) -> Findings:
+    note = f"{why}: its arithmetic was simulated; validate it again where it will run"
+    return Findings(checks=(Check("engine ran", "warn", note=note),))
+
+
+def _simulated(host: Host, provider: Provider, context: StageContext, why: str) -> Runtime:
+    try:
+        runtime = host.simulate(provider, context)
+    except RequestError:  # what it would compute from is not here
+        runtime = None
+    if runtime is None:
+        raise MachineError(why, "copy its folder to such a machine and run `recipes validate FOLDER` there")
+    return runtime
 
 
 def material(context: StageContext) -> texts.Material:

@@ -90,7 +90,7 @@ def locate(spec: str) -> Texts:
     if not spec.strip() or "\0" in spec:
         raise RequestError(f"{spec!r} names no calibration data", _FORMS)
     if scheme == "package":
-        return Texts(spec, (_in_package(spec, rest),))
+        return Texts(spec, (_checked(package_file(spec), spec),))
     if scheme == "hf":
         return Texts(spec, _in_cache(spec, rest))
     if "://" in spec:
@@ -150,10 +150,16 @@ def _read(texts: Texts) -> Iterator[str]:
 # -- finding files
 
 
-def _in_package(spec: str, rest: str) -> Path:
+def package_file(spec: str) -> Path:
+    """Where `package:MODULE/PATH` would lie, also if there is no such file. The package is not imported.
+
+    Raises:
+        RequestError: the spec names nothing inside a package.
+        MachineError: the package is not installed.
+    """
     from importlib.util import find_spec
 
-    name, _, inside = rest.partition("/")
+    name, _, inside = spec.removeprefix("package:").partition("/")
     if not name.isidentifier() or not _stays_inside(inside):
         raise RequestError(f"{spec} names no file of a package", "write package:MODULE/PATH, the path inside MODULE")
     try:
@@ -166,7 +172,7 @@ def _in_package(spec: str, rest: str) -> Path:
     if not folders:
         raise RequestError(f"{name} of {spec} is no package but a single module", _FORMS)
     paths = [folder / inside for folder in folders]
-    return _checked(next((path for path in paths if path.exists()), paths[0]), spec)
+    return next((path for path in paths if path.exists()), paths[0])
 
 
 def _in_cache(spec: str, rest: str) -> tuple[Path, ...]:

@@ -1,0 +1,59 @@
+"""TensorRT-LLM's own engines, up to 1.2.1: compiles the checkpoint with the user's `trtllm-build`.
+
+TensorRT-LLM cannot share our environment. It is taken from one that the user names, or from a container, and nothing
+of it is imported here. Options: `options.toml`; how to use it: `docs/tensorrt-llm.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine_recipes import Decoder, RequestError, StageContext, hookimpl
+
+if TYPE_CHECKING:
+    from .runtime import TensorRTLLMRuntime
+
+#: Of the masked attention kernels: MMHA_SUPPORTED_HEAD_SIZES in TensorRT-LLM's decoderMaskedMultiheadAttention.cu.
+HEAD_SIZES = (32, 48, 64, 80, 96, 104, 112, 128, 144, 160, 192, 224, 256)
+
+
+@hookimpl
+def check_decoder(context: StageContext, decoder: Decoder) -> None:
+    """Refuse what TensorRT-LLM refuses, before the model is calibrated and converted."""
+    if decoder.head_size not in HEAD_SIZES:
+        raise RequestError(
+            f"TensorRT-LLM has no attention kernel for heads of {decoder.head_size}",
+            f"it has {', '.join(map(str, HEAD_SIZES))}: choose another engine",
+        )
+    longest = int(context.options.get("max_seq_len") or decoder.max_positions)
+    if longest > decoder.max_positions and not decoder.rope_scaling:
+        raise RequestError(
+            f"build.max_seq_len = {longest}: this model is made for {decoder.max_positions}",
+            f"set build.max_seq_len={decoder.max_positions} or less",
+        )
+
+
+@hookimpl
+def command(context: StageContext) -> list[str]:
+    """What stage 2 runs, word by word."""
+    from . import arguments
+
+    return arguments.command(context)
+
+
+@hookimpl
+def stage2(context: StageContext) -> Mapping[str, Any]:
+    """Write `config.json`, `rank<r>.engine` and `trtllm-build.log`."""
+    from .building import build
+
+    return {"versions": build(context)}
+
+
+@hookimpl
+def load_engine(folder: Path, options: Mapping[str, Any]) -> TensorRTLLMRuntime:
+    """Load what `stage2` wrote, in the environment that the options name."""
+    from .runtime import TensorRTLLMRuntime
+
+    return TensorRTLLMRuntime(folder, options)

@@ -1,0 +1,104 @@
+"""Engines that run a program of the user's, and engines for a GPU that is not here."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import Recipes
+
+REF = "./toy-model:plain@tool"
+
+
+@pytest.fixture
+def toy_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program `toy-tool` on the PATH, which writes how it was called."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    program = folder / "toy-tool"
+    program.write_text(f"#!{sys.executable}\nimport sys\nopen(sys.argv[-1], 'w').write(' '.join(sys.argv[1:]))\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return program
+
+
+def test_without_its_program_nothing_begins(toy_model: Path, recipes: Recipes, workspace: Path) -> None:
+    ran = recipes("build", REF, "--target", "cpu")
+    assert ran.code == 3
+    assert ran.error == ["tool needs the program toy-tool, not found here", "install toy-tool 2.0, or --runtime docker"]
+    assert not workspace.exists()
+
+
+def test_plan_prints_the_command_that_build_runs(toy_model: Path, recipes: Recipes, toy_tool: Path) -> None:
+    choices = ["--target", "cpu", "--set", "build.size=7"]
+    rows = {row["name"]: row for row in recipes("plan", REF, "--json", *choices).json["stages"]}
+    assert rows["stage1"]["command"] is None
+    built = recipes("build", REF, "--json", *choices).json["builds"][0]
+    checkpoint, engine = built["checkpoint_dir"], built["engine_dir"]
+    assert rows["stage2"]["command"] == ["toy-tool", "--size", "7", checkpoint, f"{engine}/tool.txt"]
+    ran = Path(engine, "tool.txt").read_text().split()
+    assert ran[:3] == ["--size", "7", checkpoint], "what was run is what was shown, but for the folder it wrote to"
+    assert f"toy-tool --size 7 {checkpoint} {engine}/tool.txt" in recipes("plan", REF, *choices).out
+
+
+def test_what_the_engine_tells_is_in_the_manifest_and_its_cache_outlives_the_build(
+    toy_model: Path, recipes: Recipes, toy_tool: Path, workspace: Path
+) -> None:
+    import json
+
+    built = recipes("build", REF, "--target", "cpu", "--json").json["builds"][0]
+    manifest = json.loads(Path(built["engine_dir"], "manifest.json").read_text())
+    assert manifest["result"] == {"versions": {"toy-tool": "2.0.1"}}
+    assert (workspace / "caches" / "tool" / "warm").is_file()
+
+
+def test_an_engine_for_a_gpu_that_is_not_here_is_built_and_simulated_and_that_is_said(
+    toy_model: Path, recipes: Recipes, toy_tool: Path
+) -> None:
+    built = recipes("build", REF, "--target", "sm89", "--json").json["builds"][0]
+    assert built["status"] == "built"
+    assert built["validation"]["verdict"] == "warn"
+    (check,) = (check for check in built["validation"]["checks"] if check["name"] == "engine ran")
+    assert check["verdict"] == "warn"
+    assert "sm89" in check["note"] and "simulated" in check["note"]
+    assert built["validation"]["samples"], "its text was judged all the same"
+    err = recipes("build", REF, "--target", "sm89", "--force").err
+    assert "recipes validate FOLDER" in err and "try: recipes run" not in err
+    assert not list(Path(built["engine_dir"]).glob("**/scratch.txt"))
+
+
+def test_what_cannot_be_simulated_is_carried_to_its_gpu(toy_model: Path, recipes: Recipes) -> None:
+    ran = recipes("build", "./toy-model:plain@echo", "--target", "sm89")
+    assert ran.code == 3
+    assert "sm89" in ran.error[0]
+    assert "recipes validate FOLDER" in ran.error[1]
+    assert recipes("build", "./toy-model:plain@echo", "--target", "sm89", "--no-validate").code == 0
+
+
+def test_run_on_a_machine_without_its_gpu_says_so_before_anything_is_loaded(
+    toy_model: Path, recipes: Recipes, toy_tool: Path
+) -> None:
+    assert recipes("build", REF, "--target", "sm89", "--no-validate").code == 0
+    ran = recipes("run", REF, "abc", "--target", "sm89")
+    assert ran.code == 3
+    assert "sm89" in ran.error[0]
+    ran = recipes("bench", REF, "--target", "sm89")
+    assert ran.code == 3
+
+
+def test_how_to_run_it_reaches_the_engine_when_it_is_loaded(
+    toy_model: Path, recipes: Recipes, toy_tool: Path
+) -> None:
+    assert recipes("build", REF, "--target", "cpu").code == 0
+    assert recipes("run", REF, "abc", "--raw", "--target", "cpu").out == "cba\n"
+    ran = recipes("run", REF, "abc", "--raw", "--target", "cpu", "--runtime", "docker")
+    assert "docker" in ran.error[0]
+
+
+def test_an_engine_without_tools_has_no_runtime_to_choose(toy_model: Path, recipes: Recipes) -> None:
+    ran = recipes("plan", "./toy-model:plain@echo", "--runtime", "docker")
+    assert ran.code == 2
+    assert "build.runtime" in ran.error[0]

@@ -1,0 +1,40 @@
+"""Models that TensorRT-LLM cannot run are refused before they are calibrated and converted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from engine_recipes import Decoder, RequestError, StageContext
+from engine_recipes_engines import tensorrt_llm
+from engine_recipes_models import llama
+
+
+def decoder(**changes: Any) -> Decoder:
+    return llama.resolve_checkpoint(tiny.config("llama", **changes))
+
+
+def check(of: Decoder, **options: Any) -> None:
+    tensorrt_llm.check_decoder(StageContext("m:p@e", "stage2", options, (), Path("out"), "sm89"), of)
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_head_sizes_with_a_kernel_pass(size: int) -> None:
+    check(decoder(head_dim=size))
+
+
+@pytest.mark.parametrize("size", [16, 100, 288])
+def test_a_head_size_without_a_kernel_is_refused(size: int) -> None:
+    with pytest.raises(RequestError, match=f"no attention kernel for heads of {size}"):
+        check(decoder(head_dim=size))
+
+
+def test_sequences_longer_than_the_model_are_refused() -> None:
+    check(decoder(head_dim=64), max_seq_len=256)
+    check(decoder(head_dim=64), max_seq_len=0)
+    with pytest.raises(RequestError, match="this model is made for 256") as caught:
+        check(decoder(head_dim=64), max_seq_len=257)
+    assert "max_seq_len=256" in caught.value.hint
