@@ -33,6 +33,11 @@ def log(text: str) -> None:
     emit({"event": "log", "text": text})
 
 
+def output(text: str) -> None:
+    """One line that a tool of the user's has printed. The terminal shows it as it comes, unless told to be quiet."""
+    emit({"event": "output", "text": text})
+
+
 def warn(text: str) -> None:
     """Say one thing the user should see now: a value that overflowed, a default that was chosen for them."""
     emit({"event": "warn", "text": text})

@@ -118,7 +118,7 @@ def _listen(
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=_GRACE)
             return event
-        if event["event"] == "log":
+        if event["event"] in ("log", "output"):
             last.append(event["text"])
         listen(event)
 

@@ -154,8 +154,11 @@ def show_command(ref: str, as_json: bool, setup: Setup, choices: dict[str, Any])
     ):
         click.echo(f"  {name:<9} {value}")
     click.echo("  settings")
-    for row in data["settings"]:
+    unset = [row["key"] for row in data["settings"] if row["value"] == ""]
+    for row in (row for row in data["settings"] if row["value"] != ""):
         click.echo(f"    {row['key']} = {row['value']}  ({row['origin']})  {row['help']}")
+    if unset:
+        click.echo(f"    and {len(unset)} that are not set: {', '.join(unset)}")
 
 
 def describe(setup: Setup, plan: Plan) -> dict[str, Any]:
@@ -169,7 +172,7 @@ def describe(setup: Setup, plan: Plan) -> dict[str, Any]:
     settings = [
         {"key": s.key, "value": s.value, "origin": s.origin, "help": s.help}
         for s in plan.settings.values()
-        if s.value not in (math.inf, -math.inf, "")  # no limit, not set
+        if s.value not in (math.inf, -math.inf)  # no limit
     ]
     return {
         "ref": str(plan.ref),

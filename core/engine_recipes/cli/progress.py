@@ -72,6 +72,10 @@ class Lines:
         if self.verbose:
             self.line(event, event["text"])
 
+    def output(self, event: Event) -> None:
+        """What a tool of the user's printed."""
+        self.line(event, event["text"])
+
     def fallback(self, event: Event) -> None:
         """Another build, after a rejection."""
         settings = " ".join(f"--set {key}={value}" for key, value in event["settings"].items())

@@ -6,10 +6,9 @@ uint8 [out, blocks, block / 2], unsigned with 8 for zero; of the two values in a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from engine_recipes.checkpoint import Checkpoint
+from ..lowering.weights import repack
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,16 +17,6 @@ if TYPE_CHECKING:
 
 #: Blocks that MatMulNBits has fast kernels for, the cheapest in scales first.
 BLOCKS = (128, 64, 32)
-_CHUNK = 4 << 20  # bytes of a weight handled at a time
-
-
-def pieces(weights: Checkpoint, name: str, rows: int) -> Iterator[Array]:
-    """The first `rows` rows of a tensor, some at a time, and its pages given back at the end."""
-    array = weights.array(name)
-    step = max(1, _CHUNK * len(array) // array.nbytes)
-    for start in range(0, rows, step):
-        yield array[start : min(start + step, rows)]
-    weights.forget(name)
 
 
 def block_of(width: int) -> int:
@@ -51,12 +40,7 @@ def repack_awq(packed: Array) -> Array:
     """
     import numpy as np
 
-    shifted = packed.view(np.uint8) ^ 0x88  # flips both sign bits: two's complement -8 … 7 becomes 0 … 15
-    even, odd = shifted[:, ::2], shifted[:, 1::2]  # columns; each [out / 2, in / 2]
-    rows = np.empty((len(packed), 2, even.shape[1]), np.uint8)
-    rows[:, 0] = (even & 0x0F) | (odd << 4)
-    rows[:, 1] = (even >> 4) | (odd & 0xF0)
-    return rows.reshape(2 * len(packed), -1)
+    return repack(packed.view(np.uint8) ^ 0x88)  # flips both sign bits: two's complement -8 … 7 becomes 0 … 15
 
 
 def quantize_rows(weight: Array, bits: int) -> tuple[Array, Array]:

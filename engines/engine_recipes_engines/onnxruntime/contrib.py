@@ -6,27 +6,17 @@ names that onnxruntime-genai expects.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from engine_recipes import Decoder
 from engine_recipes.checkpoint import Checkpoint
 
-from .blocks import pieces
-from .graph import MICROSOFT, Graph, onnx_dtype
+from ..lowering.graph import MICROSOFT, Graph, onnx_dtype
+from ..lowering.operators import CommonOps
+from ..lowering.rope import tables
 from .quantized import QuantizedOps
-from .rope import tables
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    Array = np.ndarray[Any, np.dtype[Any]]
-
-EMBEDDING = "transformer.vocab_embedding"
-HEAD = "lm_head"
 _END = (1 << 63) - 1
 
 
-class ContribOps:
+class ContribOps(CommonOps):
     """The pieces of a decoder, each as one or a few nodes.
 
     Shapes: B sequences, S new tokens each, P tokens in the cache before, T after.
@@ -41,12 +31,7 @@ class ContribOps:
     """
 
     def __init__(self, graph: Graph, weights: Checkpoint, compute: str, positions: int, tied: bool) -> None:
-        self.graph = graph
-        self.weights = weights
-        self._names = frozenset(weights.names())
-        self.compute = compute
-        self.decoder: Decoder = weights.decoder
-        self.tied = tied
+        super().__init__(graph, weights, compute, tied)
         self.quantized = QuantizedOps(graph, weights)
         self._lengths(positions)
         if self.quantized.cache:
@@ -83,14 +68,12 @@ class ContribOps:
         self.positions = g.node("Add", [column, g.node("Range", [zero, count, one], "new")], "positions")
 
     def embed(self) -> str:
-        """Rows of the embedding table. [B, S] -> [B, S, hidden_size]"""
-        # Rows are picked first and converted then: the table itself stays as it is stored, and mapped.
-        rows = self.graph.node("Gather", [self._stored(EMBEDDING), self.ids], "embedding.rows")
-        return self._converted(rows, "embedding", self.weights.info(f"{EMBEDDING}.weight")[0])
+        """Rows of the embedding table. -> [B, S, hidden_size]"""
+        return self.rows(self.ids)
 
     def norm(self, x: str, delta: str | None, name: str) -> tuple[str, str]:
         """Add what the block before computed, if any, and normalise. Returns (normalised, sum), both as `x`."""
-        weight = self._vector(f"{name}.weight")
+        weight = self.vector(f"{name}.weight")
         if delta is None:
             return self.rms(x, weight, name), x
         outputs = [name, "", "", f"{name}.sum"]
@@ -103,53 +86,19 @@ class ContribOps:
         )
         return outputs[0], outputs[3]
 
-    def rms(self, x: str, weight: str, name: str) -> str:
-        """RMS norm over the last axis."""
-        return self.graph.node(
-            "RMSNormalization", [x, weight], name, axis=-1, epsilon=self.decoder.norm_epsilon, stash_type=1
-        )
-
     def linear(self, x: str, name: str) -> str:
         """x · weightᵀ + bias, where there is a bias. [B, S, in] -> [B, S, out]"""
-        biased = f"{name}.bias" in self._names
+        biased = f"{name}.bias" in self.names
         product = f"{name}.product" if biased else name
         if not self.quantized.linear(x, name, product):
             # weights are [out, in] and stay so: transB reads them as they lie
             self.graph.node("FusedMatMul", [x, self._matrix(name)], product, MICROSOFT, transB=1)
-        return self.graph.node("Add", [product, self._vector(f"{name}.bias")], name) if biased else name
+        return self.graph.node("Add", [product, self.vector(f"{name}.bias")], name) if biased else name
 
     def gated(self, gate: str, up: str, name: str) -> str:
         """silu(gate) × up"""
         silu = self.graph.node("QuickGelu", [gate], f"{name}.silu", MICROSOFT, alpha=1.0)  # x · sigmoid(1 · x)
         return self.graph.node("Mul", [silu, up], name)
-
-    def split(self, qkv: str, name: str) -> list[str]:
-        """Split into q, k and v.
-
-        [B, S, (heads + 2 kv_heads) · head_size] -> [B, S, heads · head_size], twice [B, S, kv_heads · head_size]
-        """
-        import numpy as np
-
-        d = self.decoder
-        widths = [d.heads * d.head_size, d.kv_heads * d.head_size, d.kv_heads * d.head_size]
-        parts = [f"{name}.{part}" for part in "qkv"]
-        self.graph.nodes("Split", [qkv, self.graph.constant("qkv.widths", np.array(widths))], parts, axis=-1)
-        return parts
-
-    def normed_heads(self, qkv: str, name: str) -> tuple[str, str, str]:
-        """Split as `split` does, and normalise each head of q and of k, before rope."""
-        import numpy as np
-
-        g, d = self.graph, self.decoder
-        parts = self.split(qkv, name)
-        by_head = g.constant("by_head", np.array([0, 0, -1, d.head_size]))
-        flat = g.constant("flat", np.array([0, 0, -1]))
-        for i, part in enumerate("qk"):
-            heads = g.node("Reshape", [parts[i], by_head], f"{parts[i]}.heads")  # [B, S, heads, head_size]
-            norm = f"{name}.{part}_layernorm"
-            normed = self.rms(heads, self._vector(f"{norm}.weight"), norm)
-            parts[i] = g.node("Reshape", [normed, flat], f"{norm}.flat")
-        return parts[0], parts[1], parts[2]
 
     def attention(self, layer: int, q: str, k: str = "", v: str = "") -> str:
         """Rope, cache and causal attention; `q` alone is q, k and v packed. -> [B, S, heads · head_size]
@@ -200,45 +149,5 @@ class ContribOps:
         x = g.node("Slice", [x, self.first, ends, axis], "head.input")
         g.output("logits", "float32", ["B", "L", self.decoder.vocab_size])
         name = "logits" if self.compute == "float32" else "head.output"
-        g.node("FusedMatMul", [x, self._matrix(EMBEDDING if self.tied else HEAD)], name, MICROSOFT, transB=1)
+        g.node("FusedMatMul", [x, self.head()], name, MICROSOFT, transB=1)
         return name if name == "logits" else g.node("Cast", [name], "logits", to=onnx_dtype("float32"))
-
-    def _matrix(self, name: str) -> str:
-        """A weight [out, in] in the compute dtype."""
-        return self._converted(self._stored(name), f"{name}.converted", self.weights.info(f"{name}.weight")[0])
-
-    def _converted(self, value: str, name: str, dtype: str) -> str:
-        return value if dtype == self.compute else self.graph.node("Cast", [value], name, to=onnx_dtype(self.compute))
-
-    def _stored(self, name: str) -> str:
-        """A weight as the checkpoint has it. Rows of padding at the end of the head are left away."""
-        tensor = f"{name}.weight"
-        dtype, shape = self.weights.info(tensor)
-        # with AWQ vocab_size may count padding that the head has and the embedding has not
-        rows = min(self.decoder.vocab_size, shape[0]) if name in (HEAD, EMBEDDING) else shape[0]
-        return self.graph.weight(tensor, dtype, (rows, *shape[1:]), pieces(self.weights, tensor, rows))
-
-    def _vector(self, name: str) -> str:
-        """A norm weight or a bias, in the compute dtype."""
-        return self.graph.constant(name, _as(self.weights.array(name), self.compute))
-
-    def _small(self, name: str, array: Array) -> str:
-        return self.graph.weight(name, self.compute, array.shape, [_as(array, self.compute)])
-
-
-def is_tied(weights: Checkpoint) -> bool:
-    """Whether the head is the embedding table: missing, or equal to it bit for bit."""
-    if f"{HEAD}.weight" not in weights.names():
-        return True
-    head, table = (weights.info(f"{name}.weight") for name in (HEAD, EMBEDDING))
-    rows = weights.decoder.vocab_size  # the head may be padded
-    if head[0] != table[0] or head[1][1:] != table[1][1:] or min(head[1][0], table[1][0]) < rows:
-        return False
-    pairs = zip(pieces(weights, f"{HEAD}.weight", rows), pieces(weights, f"{EMBEDDING}.weight", rows), strict=True)
-    return all((a.view("uint8") == b.view("uint8")).all() for a, b in pairs)
-
-
-def _as(array: Array, dtype: str) -> Array:
-    import ml_dtypes
-
-    return array.astype(getattr(ml_dtypes, dtype, dtype))

@@ -12,7 +12,7 @@ from typing import Any
 
 from engine_recipes import Decoder, StageContext, Tokenizer, checkpoint
 
-from .graph import MODEL
+from ..lowering.graph import MODEL
 
 
 def write_config(folder: Path, decoder: Decoder, target: str, max_seq_len: int, source: Mapping[str, Any]) -> None:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from engine_recipes import RequestError
 from engine_recipes.checkpoint import Checkpoint
 
-from .blocks import block_count, block_of, pack, pieces, quantize_rows, repack_awq
-from .graph import MICROSOFT, Graph, itemsize, onnx_dtype
+from ..lowering.graph import MICROSOFT, Graph, itemsize, onnx_dtype
+from ..lowering.weights import pieces
+from .blocks import block_count, block_of, pack, quantize_rows, repack_awq
 
 if TYPE_CHECKING:
     import numpy as np

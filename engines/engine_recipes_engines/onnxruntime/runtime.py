@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine_recipes import MachineError, RequestError, Sampling, StageFailed
+from engine_recipes import MachineError, RequestError, StageFailed
 
-from .graph import MODEL, ROUNDING
+from ..lowering.graph import MODEL, ROUNDING
+from ..stepping import CHUNK, Run, Stepper, choose as choose
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    Floats = np.ndarray[Any, np.dtype[np.float32]]
-    Integers = np.ndarray[Any, np.dtype[np.int64]]
+    from ..stepping import Floats, Integers
 
 _CODES = {"float32": 1, "float16": 10, "bfloat16": 16}  # of onnx.TensorProto
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}
-#: Tokens a run takes at most, of all sequences: attention scores need heads × CHUNK × cache × 4 bytes at once.
-CHUNK = 512
 
 
-class OnnxRuntime:
+class OnnxRuntime(Stepper):
     """A loaded engine (see `engine_recipes.Runtime`). Each generation has a cache of its own.
 
     Args:
@@ -38,9 +34,6 @@ class OnnxRuntime:
     """
 
     def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
-        threads = int(options.get("threads", 0))
-        if threads < 0:
-            raise RequestError(f"threads = {threads}", "give a number of threads, or 0 for one on each core")
         path = folder / "genai_config.json"
         if not path.is_file():
             raise RequestError(
@@ -48,110 +41,22 @@ class OnnxRuntime:
             )
         settings = json.loads(path.read_text(encoding="utf-8"))["model"]
         decoder = settings["decoder"]
-        self.max_seq_len: int = settings["context_length"]
-        self.vocab_size: int = settings["vocab_size"]
         self._layers: int = decoder["num_hidden_layers"]
         wants_cuda = any("cuda" in provider for provider in decoder["session_options"]["provider_options"])
-        self._session: Any = _session(folder / MODEL, threads, wants_cuda)
-        self._device = "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
-        past = {value.name: value for value in self._session.get_inputs()}["past_key_values.0.key"]
+        session: Any = open_session(folder / MODEL, options, wants_cuda)
+        super().__init__(session, settings["context_length"], settings["vocab_size"])
+        self._device = "cuda" if "CUDAExecutionProvider" in session.get_providers() else "cpu"
+        past = {value.name: value for value in session.get_inputs()}["past_key_values.0.key"]
         self.compute: str = _DTYPES[past.type]
         self._heads, self._head_size = past.shape[1], past.shape[3]
         #: types that activations or the cache are rounded to, if the model is quantised so
-        self.rounding: list[str] = self._session.get_modelmeta().custom_metadata_map.get(ROUNDING, "").split()
+        self.rounding: list[str] = session.get_modelmeta().custom_metadata_map.get(ROUNDING, "").split()
 
-    def generate(self, prompt: Sequence[int], sampling: Sampling, stop: frozenset[int] = frozenset()) -> Iterator[int]:
-        """Yield new token ids; the prompt is looked at before the first is asked for.
-
-        Raises:
-            RequestError: the prompt is empty, too long, or has ids outside the vocabulary.
-        """
-        self._check(prompt)
-        return self._until(stop, self._steps([prompt], sampling))
-
-    def _until(self, stop: frozenset[int], steps: Iterator[list[int]]) -> Iterator[int]:
-        for (token,) in steps:
-            if token in stop:
-                return
-            yield token
-
-    def generate_batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[int]]:
-        """Yield one new token id for each prompt, step by step: what `generate` gives for each of them alone.
-
-        Raises:
-            RequestError: as for `generate`, or there are no prompts, or of different lengths.
-        """
-        if len({len(prompt) for prompt in prompts}) != 1:
-            raise RequestError("a batch needs prompts of one length", "give at least one, and all as long as the first")
-        for prompt in prompts:
-            self._check(prompt)
-        return self._steps(prompts, sampling)
-
-    def _steps(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[int]]:
-        import numpy as np
-
-        length = len(prompts[0])
-        # the last token is never fed back, so it needs no room in the cache
-        most = min(sampling.max_tokens, self.max_seq_len - length + 1)
-        if most < 1:
-            return
-        randoms = [np.random.default_rng(sampling.seed) for _ in prompts]
-        run = _Run(self, length + most - 1, len(prompts))
-        rows = run.prefill(np.array(prompts, np.int64))
-        for left in reversed(range(most)):
-            tokens = [choose(row, sampling.temperature, random) for row, random in zip(rows, randoms, strict=True)]
-            yield tokens
-            if left:
-                rows = run.step(tokens)
-
-    def logits(self, ids: Sequence[int]) -> Floats:
-        """Next-token logits for every position, float32 [len(ids), vocabulary].
-
-        Raises:
-            RequestError: as for `generate`.
-        """
-        return self._all_logits(ids, CHUNK)
-
-    def stepwise_logits(self, ids: Sequence[int]) -> Floats:
-        """As `logits`, but through the cache, one token at a time: the way `generate` works.
-
-        Raises:
-            RequestError: as for `generate`.
-        """
-        return self._all_logits(ids, 1)
-
-    def _all_logits(self, ids: Sequence[int], step: int) -> Floats:
-        import numpy as np
-
-        self._check(ids)
-        run = _Run(self, len(ids))
-        found = np.empty((len(ids), self.vocab_size), np.float32)
-        for start in range(0, len(ids), step):
-            run.feed(np.array([ids[start : start + step]]), found[None, start : start + step])
-        return found
-
-    def close(self) -> None:
-        """Give back memory and devices. Safe to call twice."""
-        self._session = None
-
-    def _check(self, ids: Sequence[int]) -> None:
-        if self._session is None:
-            raise ValueError("this engine was closed")
-        if not len(ids):
-            raise RequestError("the prompt is empty", "give at least one token")
-        if len(ids) > self.max_seq_len:
-            raise RequestError(
-                f"the prompt has {len(ids):,} tokens, this engine takes {self.max_seq_len:,}",
-                "shorten it, or build with a larger --set build.max_seq_len",
-            )
-        if not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise RequestError(
-                f"token ids from {min(ids)} to {max(ids)}, but the vocabulary is {self.vocab_size}",
-                "use the tokenizer of this model",
-            )
+    def _start(self, length: int, batch: int) -> _Run:
+        return _Run(self, length, batch)
 
 
-class _Run:
+class _Run(Run):
     """Sequences of one length: their cache, and bindings that are made once.
 
     Shapes: B sequences, S tokens each, or of some of both. GroupQueryAttention writes new keys and values into the
@@ -159,14 +64,14 @@ class _Run:
     step to step.
     """
 
-    def __init__(self, runtime: OnnxRuntime, length: int, batch: int = 1) -> None:
+    def __init__(self, runtime: OnnxRuntime, length: int, batch: int) -> None:
         import numpy as np
 
+        super().__init__(batch, runtime.vocab_size, CHUNK)
         self._session = runtime._session
         self._binding = self._session.io_binding()
         self._device, self._code = runtime._device, _CODES[runtime.compute]
         self._ones = np.ones(batch * length, np.int64)
-        self._last: Floats = np.empty((batch, 1, runtime.vocab_size), np.float32)
         self._row = (runtime._heads, length, runtime._head_size)  # of a cache: one sequence
         self._row_bytes = runtime._heads * length * runtime._head_size * (4 if runtime.compute == "float32" else 2)
         self._cache = {
@@ -187,14 +92,6 @@ class _Run:
             for start in range(0, length, CHUNK):
                 self.feed(ids[rows, start : start + CHUNK], self._last[rows])
         self._take(slice(0, batch), length)
-        last: Floats = self._last[:, 0]
-        return last
-
-    def step(self, tokens: Sequence[int]) -> Floats:
-        """Feed one token for each sequence; logits as from `prefill`."""
-        import numpy as np
-
-        self.feed(np.array(tokens)[:, None], self._last)
         last: Floats = self._last[:, 0]
         return last
 
@@ -235,30 +132,21 @@ class _Run:
         self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
 
-def choose(logits: Floats, temperature: float, random: np.random.Generator) -> int:
-    """The next token: the likeliest at temperature 0, else drawn from softmax(logits / temperature).
-
-    Args:
-        logits: float32 [vocabulary].
-        temperature: 0 or more.
-        random: drawn from once, unless greedy.
-    """
-    import numpy as np
-
-    if temperature <= 0:
-        return int(logits.argmax())
-    scaled = logits.astype(np.float64) / temperature
-    heights = np.cumsum(np.exp(scaled - scaled.max()))  # [vocabulary], not normalised
-    return int(np.searchsorted(heights, random.random() * heights[-1], side="right"))
-
-
-def _session(model: Path, threads: int, wants_cuda: bool) -> Any:
+def open_session(
+    model: Path, options: Mapping[str, Any], wants_cuda: bool = False, entries: Mapping[str, str] | None = None
+) -> Any:
+    """An `onnxruntime.InferenceSession`, configured with `entries`. Options and errors as OnnxRuntime's."""
     import onnxruntime
 
+    threads = int(options.get("threads", 0))
+    if threads < 0:
+        raise RequestError(f"threads = {threads}", "give a number of threads, or 0 for one on each core")
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = threads or cores()
-    # Versions of onnxruntime that do not know this key ignore it.
-    settings.add_session_config_entry("session.intra_op.spin_duration_us", str(spin_microseconds()))
+    # Versions of onnxruntime that do not know a key ignore it.
+    spin = {"session.intra_op.spin_duration_us": str(spin_microseconds())}
+    for key, value in {**spin, **(entries or {})}.items():
+        settings.add_session_config_entry(key, value)
     settings.log_severity_level = 4  # errors are raised; printed once more they would only confuse
     cuda = wants_cuda and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if cuda else ["CPUExecutionProvider"]

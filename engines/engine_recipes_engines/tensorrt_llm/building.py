@@ -187,7 +187,7 @@ class Tool:
 
     def say(self, line: str) -> None:
         """Show a line now, and keep it with the engine and in the workspace's log."""
-        events.log(line)
+        events.output(line)
         print(line, file=sys.stderr, flush=True)
         with suppress(OSError), self.log.open("a", encoding="utf-8") as file:  # a full disk must not hide the rest
             file.write(line + "\n")

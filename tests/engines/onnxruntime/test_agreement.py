@@ -28,7 +28,7 @@ from checkpoint.test_quantize import cut_layers
 from converted import resolve
 from engine_recipes import Artifact, StageContext, Tokenizer, checkpoint, read_texts
 from engine_recipes_engines import onnxruntime as engine
-from engine_recipes_engines.onnxruntime.graph import DATA, MODEL
+from engine_recipes_engines.lowering.graph import DATA, MODEL
 from engine_recipes_engines.onnxruntime.runtime import OnnxRuntime
 
 Array = np.ndarray[Any, Any]

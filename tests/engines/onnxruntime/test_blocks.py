@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as arrays
 
+from engine_recipes_engines.lowering.graph import MICROSOFT, MODEL, Graph
 from engine_recipes_engines.onnxruntime.blocks import block_count, block_of, pack, quantize_rows, repack_awq
-from engine_recipes_engines.onnxruntime.graph import MICROSOFT, MODEL, Graph
 
 SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 9).map(lambda n: 2 * n))
 

@@ -16,19 +16,11 @@ import tiny
 from engine_recipes import Artifact, MachineError, RequestError, StageContext, checkpoint, events
 from engine_recipes.types import Sampling
 from engine_recipes_engines import onnxruntime as engine
-from engine_recipes_engines.onnxruntime import rope
-from engine_recipes_engines.onnxruntime.graph import DATA, MODEL
+from engine_recipes_engines.lowering.graph import DATA, MODEL
 from engine_recipes_engines.onnxruntime.runtime import OnnxRuntime
+from engines.lowering.test_rope import LLAMA3, YARN
 
 IDS = np.random.default_rng(1).integers(0, 250, 40).tolist()
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "tied": ("llama", {"tie_word_embeddings": True}),
@@ -213,18 +205,3 @@ def test_a_checkpoint_without_its_source_can_be_lowered(tmp_path: Path) -> None:
     assert OnnxRuntime(with_source.out, {}).logits([1]).shape == (1, 256)
     with checkpoint.open_checkpoint(artifact.path) as opened:
         assert opened.decoder.layers == 3
-
-
-@pytest.mark.parametrize("scaling", [None, LLAMA3, YARN, {"rope_type": "linear", "factor": 3.0}])
-@pytest.mark.parametrize("size", [32, 128])
-def test_rope_frequencies_are_those_of_transformers(scaling: dict[str, Any] | None, size: int) -> None:
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    parameters = {"rope_theta": 500000.0, **(scaling or {"rope_type": "default"})}
-    config = LlamaConfig(head_dim=size, max_position_embeddings=256, rope_parameters=parameters)
-    expected = LlamaRotaryEmbedding(config)
-    decoder = lowered.llama.resolve_checkpoint(tiny.config(head_dim=size, rope_theta=500000.0, rope_scaling=scaling))
-    frequencies, amplitude = rope.inverse_frequencies(decoder)
-    np.testing.assert_allclose(frequencies, expected.inv_freq.numpy(), rtol=1e-5)
-    assert amplitude == pytest.approx(expected.attention_scaling)

@@ -18,7 +18,7 @@ import lowered
 import tiny
 from engine_recipes import Artifact, Check, RequestError, StageContext, checkpoint, events
 from engine_recipes_engines import onnxruntime as engine
-from engine_recipes_engines.onnxruntime.graph import DATA, MODEL
+from engine_recipes_engines.lowering.graph import DATA, MODEL
 from engine_recipes_engines.onnxruntime.runtime import OnnxRuntime
 from engines.onnxruntime import quantise
 

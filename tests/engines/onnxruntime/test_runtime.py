@@ -18,8 +18,8 @@ from engine_recipes import Artifact, Check, RequestError, StageContext, StageFai
 from engine_recipes.tokenizer import Tokenizer, copy_tokenizer
 from engine_recipes.types import Sampling
 from engine_recipes_engines import onnxruntime as engine
+from engine_recipes_engines.lowering.graph import MODEL
 from engine_recipes_engines.onnxruntime import runtime as module
-from engine_recipes_engines.onnxruntime.graph import MODEL
 from engine_recipes_engines.onnxruntime.runtime import OnnxRuntime, choose, cores, spin_microseconds
 
 IDS = np.random.default_rng(2).integers(0, 250, 30).tolist()

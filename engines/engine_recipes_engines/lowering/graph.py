@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,8 @@ ROUNDING = "rounding"
 ALIGNMENT = 4096
 #: RMSNormalization came with opset 23; IR 11 belongs to it. onnxruntime 1.23 and later read both.
 OPSET = 23
-IR_VERSION = 11
+#: Opset -> the format version that belongs to it.
+IR_VERSIONS = {23: 11, 24: 12}
 MICROSOFT = "com.microsoft"
 
 
@@ -32,10 +34,12 @@ class Graph:
     Args:
         folder: gets `model.onnx` and `model.onnx.data`.
         written: told the number of bytes on disk after each piece.
+        opset: version of ONNX's own operators, 23 or 24.
     """
 
-    def __init__(self, folder: Path, written: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(self, folder: Path, written: Callable[[int], None] = lambda _: None, opset: int = OPSET) -> None:
         self._folder = folder
+        self._opset = opset
         self._written = written
         self._data = (folder / DATA).open("xb", buffering=0)
         self._nodes: list[Any] = []
@@ -90,15 +94,14 @@ class Graph:
 
         Args:
             name: of the value. The same name twice is the same weight; it is not written again.
-            dtype: numpy's or ml_dtypes' name, `bfloat16`.
+            dtype: numpy's or ml_dtypes' name, `bfloat16`; or `int4`, whose pieces are uint8: two in a byte, the
+                earlier one low.
             shape: of the whole.
             pieces: arrays that follow each other in row-major order. Only one is held at a time.
 
         Raises:
             ValueError: the pieces do not add up to the shape.
         """
-        import math
-
         from onnx import TensorProto
 
         if name in self._initializers:
@@ -108,7 +111,7 @@ class Graph:
             self._write(piece)
         tensor = TensorProto(name=name, data_type=onnx_dtype(dtype), dims=shape, data_location=TensorProto.EXTERNAL)
         length = self._data.tell() - start
-        if length != math.prod(shape) * itemsize(dtype):
+        if length != stored_bytes(dtype, shape):
             raise ValueError(f"{name}: {length} bytes are not {dtype} {list(shape)}")
         for key, value in (("location", DATA), ("offset", start), ("length", length)):
             tensor.external_data.add(key=key, value=str(value))
@@ -132,8 +135,11 @@ class Graph:
         graph = helper.make_graph(
             self._nodes, "decoder", self._inputs, self._outputs, list(self._initializers.values())
         )
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
-        model = helper.make_model(graph, opset_imports=opsets, producer_name="engine-recipes", ir_version=IR_VERSION)
+        opsets = [helper.make_opsetid("", self._opset)]
+        if any(node.domain == MICROSOFT for node in self._nodes):
+            opsets.append(helper.make_opsetid(MICROSOFT, 1))
+        version = IR_VERSIONS[self._opset]
+        model = helper.make_model(graph, opset_imports=opsets, producer_name="engine-recipes", ir_version=version)
         helper.set_model_props(model, dict(notes or {}))
         onnx.save(model, self._folder / MODEL)
 
@@ -158,6 +164,12 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     import numpy as np
 
     return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def stored_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a weight on disk; two of int4 share one."""
+    count = math.prod(shape)
+    return count // 2 if dtype == "int4" else count * itemsize(dtype)
 
 
 def itemsize(name: str) -> int:

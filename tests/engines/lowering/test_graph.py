@@ -8,7 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from engine_recipes_engines.onnxruntime.graph import ALIGNMENT, DATA, MODEL, Graph, itemsize, onnx_dtype
+from engine_recipes_engines.lowering.graph import ALIGNMENT, DATA, MICROSOFT, MODEL, Graph, itemsize, onnx_dtype
 
 
 def small(folder: Path, dtype: str = "float32") -> np.ndarray:
@@ -66,3 +66,26 @@ def test_names_of_types_are_onnx_and_numpy_names() -> None:
     for name in ("float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "float8_e4m3fn"):
         dtype = onnx.helper.tensor_dtype_to_np_dtype(onnx_dtype(name))
         assert (dtype.name, dtype.itemsize) == (name, itemsize(name))
+
+
+@pytest.mark.parametrize(("opset", "domains"), [(23, ["", MICROSOFT]), (24, [""])])
+def test_a_model_imports_what_it_uses(tmp_path: Path, opset: int, domains: list[str]) -> None:
+    with Graph(tmp_path, opset=opset) as graph:
+        x = graph.input("x", "float32", ["n"])
+        graph.node("QuickGelu" if opset == 23 else "Relu", [x], "y", domains[-1])
+        graph.output("y", "float32", ["n"])
+        graph.save()
+    model = onnx.load(tmp_path / MODEL)
+    assert [(o.domain, o.version) for o in model.opset_import] == list(zip(domains, [opset, 1], strict=False))
+    onnxruntime.InferenceSession(tmp_path / MODEL, providers=["CPUExecutionProvider"])
+
+
+def test_two_numbers_of_int4_share_a_byte(tmp_path: Path) -> None:
+    with Graph(tmp_path, opset=24) as graph:
+        w = graph.weight("w", "int4", (2, 2), [np.array([[0x9F]], np.uint8), np.array([[0x70]], np.uint8)])
+        scale = graph.constant("scale", np.array([[1.0], [10.0]], np.float32))
+        graph.node("DequantizeLinear", [w, scale], "y", axis=1, block_size=2)
+        graph.output("y", "float32", [2, 2])
+        graph.save()
+    session = onnxruntime.InferenceSession(tmp_path / MODEL, providers=["CPUExecutionProvider"])
+    assert session.run(None, {})[0].tolist() == [[-1, -7], [0, 70]]

@@ -53,7 +53,7 @@ def inverse_frequencies(decoder: Decoder) -> tuple[Array, float]:
     if kind == "yarn":
         return _yarn(plain, scaling, decoder)
     raise RequestError(
-        f"the onnxruntime engine cannot do rope scaling {kind!r}: it changes with the length of the text",
+        f"this engine cannot do rope scaling {kind!r}: it changes with the length of the text",
         "known: linear, llama3, yarn; choose another engine for this model",
     )
 

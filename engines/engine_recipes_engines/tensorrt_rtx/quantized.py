@@ -1,0 +1,152 @@
+"""Linear layers and KV caches of quantised checkpoints as QuantizeLinear and DequantizeLinear.
+
+Compilers look for these pairs around a multiplication and replace all three by one that takes the narrow numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from engine_recipes import RequestError
+from engine_recipes.checkpoint import Checkpoint
+
+from ..lowering.graph import numpy_dtype, onnx_dtype
+from ..lowering.weights import pieces, repack
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .operators import StandardOps
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+E4M3 = "float8_e4m3fn"
+ALGORITHMS = ("FP8", "W4A16_AWQ")
+#: kv_cache_quant_algo -> what the numbers in the cache are rounded to.
+CACHES = {"FP8": E4M3, "INT8": "int8"}
+#: Weights in a group, of W4A16_AWQ.
+GROUPS = (64, 128)
+
+
+class QuantizedOps:
+    """The quantised pieces of a decoder.
+
+    Args:
+        ops: the others.
+    """
+
+    def __init__(self, ops: StandardOps) -> None:
+        self._ops = ops
+        self._graph = ops.graph
+        self._weights = ops.weights
+        self._inputs: dict[tuple[str, bytes], str] = {}
+        self.cache: str | None = CACHES.get(ops.weights.quantization.get("kv_cache_quant_algo") or "")
+
+    def factors(self, x: str, name: str) -> tuple[str, str]:
+        """What a quantised layer multiplies. Returns the input [B, S, in] and the weight [out, in]."""
+        return {"FP8": self._fp8, "W4A16_AWQ": self._awq}[self._weights.quantization["quant_algo"]](x, name)
+
+    def rounded_cache(self, x: str, layer: int, name: str) -> str:
+        """New keys (after rope) or values, rounded to what the cache of the checkpoint can hold; of the same shape."""
+        if self.cache is None:
+            return x
+        at = f"transformer.layers.{layer}.attention"
+        scale = self._graph.constant(f"{at}.kv_cache.scale", self._cache_scale(at))
+        return self.widened(self.rounded(x, scale, f"{name}.narrow", self.cache), scale, name)
+
+    def _cache_scale(self, attention: str) -> Array:
+        """TensorRT-LLM's cache has one scale for keys and values: the larger, if there are two."""
+        import numpy as np
+
+        names = [f"{attention}.{which}cache_scaling_factor" for which in ("kv_", "k_", "v_")]
+        found = [self._scale(name) for name in names if name in self._ops.names]
+        return np.asarray(np.max(found)) if found else self._scale(names[0])  # which says that it is missing
+
+    def rounded(self, x: str, scale: str, name: str, dtype: str = E4M3) -> str:
+        """x / scale to the nearest number of `dtype`; beyond its ends to the end."""
+        import ml_dtypes
+        import numpy as np
+
+        zero = self._graph.constant(f"zero.{dtype}", np.zeros((), getattr(ml_dtypes, dtype, dtype)))
+        return self._graph.node("QuantizeLinear", [x, scale, zero], name, saturate=1)
+
+    def widened(self, x: str, scale: str, name: str, **blocks: Any) -> str:
+        """x × scale, in the compute dtype. Scales are float32: half precision would lose 3 digits of small ones."""
+        to = onnx_dtype(self._ops.compute)
+        return self._graph.node("DequantizeLinear", [x, scale], name, output_dtype=to, **blocks)
+
+    def _fp8(self, x: str, name: str) -> tuple[str, str]:
+        """Both factors in E4M3."""
+        g, weight = self._graph, f"{name}.weight"
+        given = self._scale(f"{name}.activation_scaling_factor")
+        key = (x, given.tobytes())
+        if key not in self._inputs:  # fc and gate mostly share theirs
+            scale = g.constant(f"{name}.activation_scaling_factor", given)
+            self._inputs[key] = self.widened(self.rounded(x, scale, f"{name}.rounded"), scale, f"{name}.input")
+        shape = self._weights.info(weight)[1]
+        stored = g.weight(weight, E4M3, shape, pieces(self._weights, weight, shape[0]))
+        scale = g.constant(f"{name}.weights_scaling_factor", self._scale(f"{name}.weights_scaling_factor"))
+        return self._inputs[key], self.widened(stored, scale, f"{name}.wide")
+
+    def _awq(self, x: str, name: str) -> tuple[str, str]:
+        """4-bit weights in groups along `in`, whose inputs are multiplied by a vector first."""
+        g, weights, factors = self._graph, self._weights, f"{name}.weights_scaling_factor"
+        half, width = weights.info(f"{name}.weight")[1]
+        rows, count = weights.info(factors)[1]
+        packed = (repack(piece.view("uint8")) for piece in pieces(weights, f"{name}.weight", half))
+        stored = g.weight(f"{name}.weight", "int4", (rows, width), packed)
+        scale = self._table(factors, (rows, count))
+        return self._prescaled(x, name), self.widened(stored, scale, f"{name}.wide", axis=1, block_size=width // count)
+
+    def _prescaled(self, x: str, name: str) -> str:
+        vector = f"{name}.prequant_scaling_factor"
+        if vector not in self._ops.names:
+            return x
+        factor = self._weights.array(vector)  # [in]
+        key = (x, factor.tobytes())
+        if key not in self._inputs:  # fc and gate mostly share theirs
+            self._inputs[key] = self._graph.node("Mul", [x, self._ops.vector(vector)], f"{name}.input")
+        return self._inputs[key]
+
+    def _table(self, name: str, shape: tuple[int, int]) -> str:
+        dtype = self._ops.compute
+        parts: Iterable[Array] = pieces(self._weights, name, shape[0])
+        return self._graph.weight(name, dtype, shape, (part.astype(numpy_dtype(dtype)) for part in parts))
+
+    def _scale(self, name: str) -> Array:
+        """A scale of a whole tensor, float32 []."""
+        return self._weights.array(name).astype("float32").reshape(())
+
+
+def check_algorithms(weights: Checkpoint) -> None:
+    """Refuse what cannot be lowered, before anything is written.
+
+    Raises:
+        RequestError: an unknown algorithm or variant of one.
+    """
+    quantization = weights.quantization
+    for key, known in (("quant_algo", ALGORITHMS), ("kv_cache_quant_algo", tuple(CACHES))):
+        algorithm = quantization.get(key)
+        if algorithm is not None and algorithm not in known:
+            raise RequestError(
+                f"the tensorrt-rtx engine cannot compile {key} {algorithm}",
+                f"known: {', '.join(known)}; choose another precision, or another engine",
+            )
+    problem = _unknown_variant(weights)
+    if problem:
+        raise RequestError(f"the tensorrt-rtx engine cannot compile {problem}", "choose another engine for it")
+
+
+def _unknown_variant(weights: Checkpoint) -> str:
+    """What of a known algorithm is not known here, empty if all is."""
+    names, group = weights.names(), weights.quantization.get("group_size", 128)
+    if "lm_head.weights_scaling_factor" in names:
+        return "a quantised lm_head"
+    if any(name.endswith(".per_channel_scale") for name in names):
+        return "weights that are packed for one GPU's kernels already (per_channel_scale)"
+    if weights.quantization["quant_algo"] != "W4A16_AWQ":
+        return ""
+    if weights.quantization.get("has_zero_point"):
+        return "W4A16_AWQ with zero points"
+    return "" if group in GROUPS else f"W4A16_AWQ in groups of {group} (known: {', '.join(map(str, GROUPS))})"
