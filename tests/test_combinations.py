@@ -8,7 +8,8 @@ import pytest
 from conftest import install, package
 from engine_recipes import RequestError
 from engine_recipes.combinations import complete, matches, refused
-from engine_recipes.registry import Refusal, Registry, load
+from engine_recipes.entries import Refusal
+from engine_recipes.registry import Registry, load
 
 
 @pytest.fixture

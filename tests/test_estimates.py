@@ -8,9 +8,10 @@ import pytest
 
 import converted
 from engine_recipes import Decoder
+from engine_recipes.entries import Calibration, Costs, Engine, Precision
 from engine_recipes.estimates import Needs, estimate, kv_token_bytes, runtime, short
 from engine_recipes.facts import Facts, Gpu
-from engine_recipes.registry import Calibration, Costs, Engine, Precision, load
+from engine_recipes.registry import load
 
 GB = 1_000_000_000
 SEVEN = 7_615_616_512

@@ -263,3 +263,9 @@ def test_a_program_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None
     assert time.monotonic() - started < 5
     time.sleep(1)
     assert not mark.exists()
+
+
+def test_a_local_version_meets_what_its_release_meets() -> None:
+    assert within("2.13.0+cpu", ">=2.8")
+    assert not within("2.13.0+cpu", ">=2.14")
+    assert not within("2.13.0+cpu", ">=2.8,<2.13")

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 from engine_recipes import portability
+from engine_recipes.entries import Engine
 from engine_recipes.facts import Facts, Gpu
-from engine_recipes.registry import Engine, Registry, load
+from engine_recipes.registry import Registry, load
 
 L40S = Gpu("NVIDIA L40S", "8.9", 48 << 30, "580.159.04")
 A10 = Gpu("NVIDIA A10", "8.6", 24 << 30, "580.95")

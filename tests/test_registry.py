@@ -8,7 +8,8 @@ import pytest
 
 from conftest import install, package
 from engine_recipes import Ref, RequestError
-from engine_recipes.registry import Fragment, Owner, load, merge
+from engine_recipes.entries import Owner
+from engine_recipes.registry import Fragment, load, merge
 
 PRECISION = '[precisions.nvfp4]\nmodule = "{module}.nvfp4"\nbits = 4\n'
 

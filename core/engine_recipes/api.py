@@ -9,12 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import availability, facts as machine, portability, refs, registry, sources
+from . import availability, facts as machine, refs, registry, sources
 from .decoder import Decoder, architecture_of
+from .entries import Model
 from .errors import MachineError, RecipesError, RequestError, StageFailed
 from .events import Event
 from .facts import Facts
-from .registry import Model, Registry
+from .registry import Registry
 from .sources import Located
 from .store import Store, default_workspace, read_manifest
 from .types import DECODER, Artifact, Provider, Ref, Runtime, StageName
@@ -139,6 +140,8 @@ class Setup:
         Raises:
             MachineError: there is none, or this machine has not the packages, the versions or the GPU that it needs.
         """
+        from . import portability
+
         folder = self.engine(plan)
         missing = self.facts.missing(availability.requirements(plan.engine, plan.target))
         if missing:

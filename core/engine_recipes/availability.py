@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
+from .entries import Calibration, Engine, Model, Precision
 from .errors import MachineError, RequestError
 from .facts import Facts, within
-from .registry import Calibration, Engine, Model, Precision, Registry
+from .registry import Registry
 from .space import human_bytes
 from .targets import compute_of, parts, target_of
 from .types import HF_CHECKPOINT, Value

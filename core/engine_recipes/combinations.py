@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
+from .entries import Engine, Option, Refusal
 from .errors import RequestError
 from .facts import within
-from .registry import Engine, Option, Refusal
 from .structure import structure
 from .targets import compute_of, parts
 from .types import Value

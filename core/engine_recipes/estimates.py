@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .decoder import Decoder
+from .entries import Calibration, Costs, Engine, Precision
 from .errors import MachineError
 from .facts import Facts
-from .registry import Calibration, Costs, Engine, Precision
 from .space import free_bytes, human_bytes
 from .types import StageName
 

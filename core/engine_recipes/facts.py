@@ -101,8 +101,9 @@ class Facts:
 def within(version: str, wanted: str) -> bool:
     """Whether a version meets a specifier such as `>=1.23,<2` (PEP 440); pre-releases count."""
     bounds = re.fullmatch(r"\s*>=\s*(\d+(?:\.\d+)*)\s*(?:,\s*<\s*(\d+(?:\.\d+)*)\s*)?", wanted)
-    if bounds and re.fullmatch(r"\d+(\.\d+)*", version):  # nearly always: no need to import a parser for `list`
-        have, low, high = (tuple(int(n) for n in (text or "0").split(".")) for text in (version, bounds[1], bounds[2]))
+    release = version.partition("+")[0]  # a local part, `2.13.0+cpu`, changes nothing about these bounds
+    if bounds and re.fullmatch(r"\d+(\.\d+)*", release):  # nearly always: no need to import a parser for `list`
+        have, low, high = (tuple(int(n) for n in (text or "0").split(".")) for text in (release, bounds[1], bounds[2]))
         length = max(len(have), len(low), len(high))
         have, low, high = (numbers + (0,) * (length - len(numbers)) for numbers in (have, low, high))
         return have >= low and (bounds[2] is None or have < high)

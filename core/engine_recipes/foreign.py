@@ -8,9 +8,9 @@ from typing import Any
 
 from . import portability, refs
 from .api import Setup
+from .entries import Precision
 from .errors import Rejected, RequestError, StageFailed
 from .planning import Plan
-from .registry import Precision
 from .sources.folder import digest_of
 from .store import MANIFEST, PLACES, is_whole, read_manifest
 from .types import TRTLLM_CHECKPOINT, Artifact, Ref, StageName

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .entries import Entry, Option
 from .errors import RequestError
-from .registry import Entry, Option
 from .types import Value
 
 #: The origin of a setting that the command line gave.

@@ -19,11 +19,12 @@ from .availability import (
     why_not,
 )
 from .combinations import complete, refused
+from .entries import Calibration, Engine, Family, Model, Precision
 from .errors import MachineError, RequestError
 from .facts import Facts
 from .gate import Bound, limits
 from .options import SET, Setting
-from .registry import Calibration, Engine, Family, Model, Precision, Registry
+from .registry import Registry
 from .sources import Located, texts
 from .stages import PREFIXES, STAGES, Builder, Entries, Stage
 from .types import Artifact, Ref, StageName, Value

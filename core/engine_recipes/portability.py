@@ -15,9 +15,10 @@ from typing import Any
 
 from . import refs
 from .availability import alternatives, is_target, unsupported
+from .entries import Engine
 from .errors import MachineError, RequestError
 from .facts import Facts, distribution
-from .registry import Engine, Registry
+from .registry import Registry
 from .targets import compute_of, parts
 
 _LONGEST = 500  # characters of a word from a manifest that are shown

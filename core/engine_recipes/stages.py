@@ -12,13 +12,14 @@ from typing import Any
 from . import __version__, portability
 from .availability import requirements
 from .combinations import is_version
+from .entries import Calibration, Engine, Family, Model, Option, Precision, Reference, StageEntry
 from .errors import MachineError, RequestError, did_you_mean
 from .facts import Facts, within
 from .gate import limits
 from .keys import key_of
 from .options import Setting, settle
 from .refs import label
-from .registry import Calibration, Engine, Family, Model, Option, Precision, Reference, Registry, StageEntry
+from .registry import Registry
 from .sources import Located
 from .store import PLACES, Slot
 from .types import HF_CHECKPOINT, Artifact, Provider, StageName, Value

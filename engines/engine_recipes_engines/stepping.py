@@ -145,18 +145,31 @@ class Stepper(abc.ABC):
     def _check(self, ids: Sequence[int]) -> None:
         if self._session is None:
             raise ValueError("this engine was closed")
-        if not len(ids):
-            raise RequestError("the prompt is empty", "give at least one token")
-        if len(ids) > self.max_seq_len:
-            raise RequestError(
-                f"the prompt has {len(ids):,} tokens, this engine takes {self.max_seq_len:,}",
-                "shorten it, or build with a larger --set build.max_seq_len",
-            )
-        if not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise RequestError(
-                f"token ids from {min(ids)} to {max(ids)}, but the vocabulary is {self.vocab_size}",
-                "use the tokenizer of this model",
-            )
+        check_ids(ids, self.max_seq_len, self.vocab_size)
+
+
+def check_ids(ids: Sequence[int], most: int, vocab_size: int, larger: str = "build.max_seq_len") -> None:
+    """Refuse a prompt that an engine cannot take.
+
+    Args:
+        most: tokens that it takes.
+        larger: what to set larger for a longer prompt.
+
+    Raises:
+        RequestError: it is empty, too long, or has ids outside the vocabulary.
+    """
+    if not len(ids):
+        raise RequestError("the prompt is empty", "give at least one token")
+    if len(ids) > most:
+        raise RequestError(
+            f"the prompt has {len(ids):,} tokens, this engine takes {most:,}",
+            f"shorten it, or build with a larger --set {larger}",
+        )
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise RequestError(
+            f"token ids from {min(ids)} to {max(ids)}, but the vocabulary is {vocab_size}",
+            "use the tokenizer of this model",
+        )
 
 
 def choose(logits: Floats, temperature: float, random: np.random.Generator) -> int:

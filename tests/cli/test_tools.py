@@ -89,9 +89,7 @@ def test_run_on_a_machine_without_its_gpu_says_so_before_anything_is_loaded(
     assert ran.code == 3
 
 
-def test_how_to_run_it_reaches_the_engine_when_it_is_loaded(
-    toy_model: Path, recipes: Recipes, toy_tool: Path
-) -> None:
+def test_how_to_run_it_reaches_the_engine_when_it_is_loaded(toy_model: Path, recipes: Recipes, toy_tool: Path) -> None:
     assert recipes("build", REF, "--target", "cpu").code == 0
     assert recipes("run", REF, "abc", "--raw", "--target", "cpu").out == "cba\n"
     ran = recipes("run", REF, "abc", "--raw", "--target", "cpu", "--runtime", "docker")

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from engine_recipes import api, gate
+from engine_recipes.entries import SMALL, Limit
 from engine_recipes.errors import RequestError
 from engine_recipes.gate import limits
-from engine_recipes.registry import SMALL, Limit, Registry, load
+from engine_recipes.registry import Registry, load
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ import click
 
 from .. import events, refs, runner
 from ..api import Setup
+from ..entries import Model
 from ..errors import MachineError, Rejected
 from ..fallback import Budget, Outcome, run_with_fallback
 from ..planning import STAGES, Plan, Stage
-from ..registry import Model
 from ..runner import Build, How
 from ..space import human_bytes
 from ..store import size_of

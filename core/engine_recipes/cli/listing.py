@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import availability, estimates
+from .. import availability
 from ..api import Setup
+from ..entries import Engine, Entry, Precision
 from ..errors import RequestError
-from ..registry import Engine, Entry, Precision, Registry
+from ..registry import Registry
 from ..space import human_bytes
 from ..types import StageName
 from . import style
 from .common import complete_ref, json_option, place_options, print_json, print_table, recipe_options
 
 if TYPE_CHECKING:
+    from ..decoder import Decoder
     from ..estimates import Needs
     from ..planning import Plan
 
@@ -163,11 +165,12 @@ def show_command(ref: str, as_json: bool, setup: Setup, choices: dict[str, Any])
 
 def describe(setup: Setup, plan: Plan) -> dict[str, Any]:
     """What `show` prints."""
+    from .. import estimates
+
     measures = plan.calibration.requires if plan.calibration else ()
     engine = availability.requirements(plan.engine, plan.target)
-    needs = estimates.estimate(
-        plan.parameters, plan.precision, plan.engine, plan.calibration, setup.decoder(plan), plan.ranks
-    )
+    decoder = setup.decoder(plan)
+    needs = estimates.estimate(plan.parameters, plan.precision, plan.engine, plan.calibration, decoder, plan.ranks)
     requires = list(dict.fromkeys([*measures, *plan.precision.requires, *engine]))
     settings = [
         {"key": s.key, "value": s.value, "origin": s.origin, "help": s.help}
@@ -198,19 +201,20 @@ def describe(setup: Setup, plan: Plan) -> dict[str, Any]:
         },
         "requires": requires,
         "missing": setup.facts.missing(requires),
-        "sizes": sizes(needs, plan),
+        "sizes": sizes(needs, plan, decoder),
         "memory": {name: need.memory for name, need in needs.items() if need.memory},
         "settings": settings,
     }
 
 
-def sizes(needs: Mapping[StageName, Needs], plan: Plan) -> dict[str, int]:
+def sizes(needs: Mapping[StageName, Needs], plan: Plan, decoder: Decoder | None) -> dict[str, int]:
     """Bytes to expect on disk; empty if the number of parameters is not known."""
     if not needs:
         return {}
-    engine = needs["stage2"].disk
-    source = {"source": plan.parameters * 2, "checkpoint": needs["stage1"].disk}
-    return {**source, plan.engine.name: engine} if engine else source
+    from .. import estimates
+
+    engine = round(estimates.weight_bytes(plan.parameters, plan.precision, decoder))
+    return {"source": plan.parameters * 2, "checkpoint": needs["stage1"].disk, plan.engine.name: engine}
 
 
 @click.command("plugins")

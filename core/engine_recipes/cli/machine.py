@@ -12,9 +12,9 @@ import click
 
 from .. import __version__, availability, facts as machine, portability
 from ..api import Setup
+from ..entries import Engine, Precision
 from ..errors import RequestError
 from ..facts import Facts
-from ..registry import Engine, Precision
 from ..space import free_bytes, human_bytes
 from . import style
 from .common import json_option, place_options, print_json

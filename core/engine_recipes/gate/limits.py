@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from ..registry import SMALL, Metric, Option, Precision, Registry
+from ..entries import SMALL, Metric, Option, Precision
+from ..registry import Registry
 from ..types import Value
 from . import Bound
 

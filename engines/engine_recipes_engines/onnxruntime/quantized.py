@@ -15,6 +15,7 @@ from engine_recipes import RequestError
 from engine_recipes.checkpoint import Checkpoint
 
 from ..lowering.graph import MICROSOFT, Graph, itemsize, onnx_dtype
+from ..lowering.quantization import E4M3, cache_dtype, cache_scale, check_known, scale_of
 from ..lowering.weights import pieces
 from .blocks import block_count, block_of, pack, quantize_rows, repack_awq
 
@@ -23,12 +24,9 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-E4M3 = "float8_e4m3fn"
 #: quant_algo -> bits, of weights that trtllm-build quantises while it loads them.
 WEIGHT_ONLY = {"W8A16": 8, "W4A16": 4}
 ALGORITHMS = ("FP8", "W4A16_AWQ", *WEIGHT_ONLY)
-#: kv_cache_quant_algo -> what the cache stores.
-CACHES = {"FP8": E4M3, "INT8": "int8"}
 #: Of MatMulNBits: 1 multiplies in float32, as "A16" has it; 4 would round activations to 8 bits. Measured on SmolLM2
 #: with AWQ, 4 decodes 17 % faster and is off by a KL divergence of 0.009, where 1 is exact (below 1e-6).
 ACCURACY_LEVEL = 1
@@ -51,7 +49,7 @@ class QuantizedOps:
         self._weights = weights
         self._names = frozenset(weights.names())
         self._inputs: dict[tuple[str, bytes], str] = {}
-        self.cache: str | None = CACHES.get(weights.quantization.get("kv_cache_quant_algo") or "")
+        self.cache: str | None = cache_dtype(weights)
         activations = E4M3 if weights.quantization["quant_algo"] == "FP8" else None
         #: types that activations or the cache are rounded to
         self.rounding: list[str] = sorted({dtype for dtype in (activations, self.cache) if dtype})
@@ -74,21 +72,13 @@ class QuantizedOps:
             return value
         g = self._graph
         attention = f"transformer.layers.{layer}.attention"
-        scale = g.constant(f"{attention}.kv_cache.scale", self._cache_scale(attention))
+        scale = g.constant(f"{attention}.kv_cache.scale", cache_scale(self._weights, attention))
         return g.node("Mul", [self._rounded(value, scale, self.cache, f"{name}.steps"), scale], name)
-
-    def _cache_scale(self, attention: str) -> Array:
-        """TensorRT-LLM's cache has one scale for keys and values: the larger, if there are two."""
-        import numpy as np
-
-        names = [f"{attention}.{which}cache_scaling_factor" for which in ("kv_", "k_", "v_")]
-        found = [self._scale(name) for name in names if name in self._names]
-        return np.max(found) if found else self._scale(names[0])  # which says that it is missing
 
     def _fp8(self, x: str, name: str, out: str) -> None:
         """Both factors in E4M3. Their products are summed first and scaled then, as on a GPU."""
         g, weight = self._graph, f"{name}.weight"
-        given = self._scale(f"{name}.activation_scaling_factor")
+        given = scale_of(self._weights, f"{name}.activation_scaling_factor")
         if (x, given.tobytes()) not in self._inputs:  # fc and gate mostly share theirs
             scale = g.constant(f"{name}.activation_scaling_factor", given)
             self._inputs[x, given.tobytes()] = self._rounded(x, scale, E4M3, f"{name}.input")
@@ -96,7 +86,7 @@ class QuantizedOps:
         stored = g.weight(weight, E4M3, shape, pieces(self._weights, weight, shape[0]))
         # This Cast is done once, when the engine is loaded; DequantizeLinear would be repeated for every token.
         wide = g.node("Cast", [stored], f"{name}.wide", to=onnx_dtype("float32"))
-        alpha = float(given * self._scale(f"{name}.weights_scaling_factor"))
+        alpha = float(given * scale_of(self._weights, f"{name}.weights_scaling_factor"))
         g.node("FusedMatMul", [self._inputs[x, given.tobytes()], wide], out, MICROSOFT, transB=1, alpha=alpha)
 
     def _awq(self, x: str, name: str, out: str) -> None:
@@ -174,10 +164,6 @@ class QuantizedOps:
         small = g.node("Cast", [ratio], f"{name}.{dtype}", to=onnx_dtype(dtype), saturate=1)
         return g.node("Cast", [small], name, to=onnx_dtype("float32"))
 
-    def _scale(self, name: str) -> Array:
-        """A scale of a whole tensor, float32 []."""
-        return self._weights.array(name).astype("float32").reshape(())
-
 
 @dataclass(frozen=True)
 class _Blocks:
@@ -200,37 +186,14 @@ def check_algorithms(weights: Checkpoint, target: str) -> None:
     Raises:
         RequestError: an unknown algorithm or variant of one, or a quantised checkpoint for a GPU.
     """
-    for key, known in (("quant_algo", ALGORITHMS), ("kv_cache_quant_algo", tuple(CACHES))):
+    check_known(weights, "onnxruntime", ALGORITHMS, GROUPS)
+    for key in ("quant_algo", "kv_cache_quant_algo"):
         algorithm = weights.quantization.get(key)
-        if algorithm is None:
-            continue
-        if algorithm not in known:
-            raise RequestError(
-                f"the onnxruntime engine cannot lower {key} {algorithm}",
-                f"known: {', '.join(known)}; choose another precision, or another engine",
-            )
-        if target != "cpu":
+        if algorithm and target != "cpu":
             raise RequestError(
                 f"the onnxruntime engine cannot lower {key} {algorithm} for {target}",
                 "choose --target cpu to judge the checkpoint, or another engine to run it on a GPU",
             )
-    problem = _unknown_variant(weights)
-    if problem:
-        raise RequestError(f"the onnxruntime engine cannot lower {problem}", "choose another engine for it")
-
-
-def _unknown_variant(weights: Checkpoint) -> str:
-    """What of a known algorithm is not known here, empty if all is."""
-    names, group = weights.names(), weights.quantization.get("group_size", 128)
-    if "lm_head.weights_scaling_factor" in names:
-        return "a quantised lm_head"
-    if any(name.endswith(".per_channel_scale") for name in names):
-        return "weights that are packed for one GPU's kernels already (per_channel_scale)"
-    if weights.quantization["quant_algo"] != "W4A16_AWQ":
-        return ""
-    if weights.quantization.get("has_zero_point"):
-        return "W4A16_AWQ with zero points"
-    return "" if group in GROUPS else f"W4A16_AWQ in groups of {group} (known: {', '.join(map(str, GROUPS))})"
 
 
 def stored_bytes(weights: Checkpoint, tensor: str) -> int:

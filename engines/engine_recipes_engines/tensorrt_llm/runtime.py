@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine_recipes import RequestError, Sampling
 
+from ..stepping import check_ids
 from .environment import Environment
 from .link import Link
 
@@ -145,18 +146,7 @@ class TensorRTLLMRuntime:
     def _check(self, ids: Sequence[int]) -> None:
         if not self._finalizer.alive:
             raise ValueError("this engine was closed")
-        if not len(ids):
-            raise RequestError("the prompt is empty", "give at least one token")
-        if len(ids) > self.max_seq_len:
-            raise RequestError(
-                f"the prompt has {len(ids):,} tokens, this engine takes {self.max_seq_len:,}",
-                "shorten it, or build with a larger --set build.max_seq_len and build.max_num_tokens",
-            )
-        if not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise RequestError(
-                f"token ids from {min(ids)} to {max(ids)}, but the vocabulary is {self.vocab_size}",
-                "use the tokenizer of this model",
-            )
+        check_ids(ids, self.max_seq_len, self.vocab_size, "build.max_seq_len and build.max_num_tokens")
 
 
 def _read_config(folder: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

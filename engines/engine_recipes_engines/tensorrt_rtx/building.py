@@ -10,11 +10,12 @@ from engine_recipes import StageContext, checkpoint, events, require_room
 from engine_recipes.checkpoint import Checkpoint
 
 from ..lowering.decoder import half_precision
+from ..lowering.quantization import cache_dtype
 from ..lowering.weights import is_tied
 from .compiling import ENGINE, check_targets, compile_model
 from .inspection import SETTINGS, constants, read_settings
 from .lowering import CHUNK, check_model, lower, weight_bytes
-from .quantized import CACHES, check_algorithms
+from .quantized import check_algorithms
 
 #: What a compilation writes beside the weights, at most: kernels, and the program that calls them.
 _PROGRAM = 100_000_000
@@ -73,7 +74,7 @@ def _settings(context: StageContext, weights: Checkpoint, targets: list[str]) ->
         "kv_heads": decoder.kv_heads,
         "head_size": decoder.head_size,
         "compute": half_precision(weights.dtype, context.target),
-        "cache_rounding": CACHES.get(weights.quantization.get("kv_cache_quant_algo") or ""),
+        "cache_rounding": cache_dtype(weights),
         "targets": targets,
         "library": trt.__version__,
         "weights": weight_bytes(weights, is_tied(weights)),

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from engine_recipes import RequestError
 from engine_recipes.checkpoint import Checkpoint
 
 from ..lowering.graph import numpy_dtype, onnx_dtype
+from ..lowering.quantization import E4M3, cache_dtype, cache_scale, check_known, scale_of
 from ..lowering.weights import pieces, repack
 
 if TYPE_CHECKING:
@@ -21,10 +21,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-E4M3 = "float8_e4m3fn"
 ALGORITHMS = ("FP8", "W4A16_AWQ")
-#: kv_cache_quant_algo -> what the numbers in the cache are rounded to.
-CACHES = {"FP8": E4M3, "INT8": "int8"}
 #: Weights in a group, of W4A16_AWQ.
 GROUPS = (64, 128)
 
@@ -41,7 +38,7 @@ class QuantizedOps:
         self._graph = ops.graph
         self._weights = ops.weights
         self._inputs: dict[tuple[str, bytes], str] = {}
-        self.cache: str | None = CACHES.get(ops.weights.quantization.get("kv_cache_quant_algo") or "")
+        self.cache: str | None = cache_dtype(ops.weights)
 
     def factors(self, x: str, name: str) -> tuple[str, str]:
         """What a quantised layer multiplies. Returns the input [B, S, in] and the weight [out, in]."""
@@ -52,16 +49,8 @@ class QuantizedOps:
         if self.cache is None:
             return x
         at = f"transformer.layers.{layer}.attention"
-        scale = self._graph.constant(f"{at}.kv_cache.scale", self._cache_scale(at))
+        scale = self._graph.constant(f"{at}.kv_cache.scale", cache_scale(self._weights, at))
         return self.widened(self.rounded(x, scale, f"{name}.narrow", self.cache), scale, name)
-
-    def _cache_scale(self, attention: str) -> Array:
-        """TensorRT-LLM's cache has one scale for keys and values: the larger, if there are two."""
-        import numpy as np
-
-        names = [f"{attention}.{which}cache_scaling_factor" for which in ("kv_", "k_", "v_")]
-        found = [self._scale(name) for name in names if name in self._ops.names]
-        return np.asarray(np.max(found)) if found else self._scale(names[0])  # which says that it is missing
 
     def rounded(self, x: str, scale: str, name: str, dtype: str = E4M3) -> str:
         """x / scale to the nearest number of `dtype`; beyond its ends to the end."""
@@ -79,14 +68,14 @@ class QuantizedOps:
     def _fp8(self, x: str, name: str) -> tuple[str, str]:
         """Both factors in E4M3."""
         g, weight = self._graph, f"{name}.weight"
-        given = self._scale(f"{name}.activation_scaling_factor")
+        given = scale_of(self._weights, f"{name}.activation_scaling_factor")
         key = (x, given.tobytes())
         if key not in self._inputs:  # fc and gate mostly share theirs
             scale = g.constant(f"{name}.activation_scaling_factor", given)
             self._inputs[key] = self.widened(self.rounded(x, scale, f"{name}.rounded"), scale, f"{name}.input")
         shape = self._weights.info(weight)[1]
         stored = g.weight(weight, E4M3, shape, pieces(self._weights, weight, shape[0]))
-        scale = g.constant(f"{name}.weights_scaling_factor", self._scale(f"{name}.weights_scaling_factor"))
+        scale = g.constant(f"{name}.weights_scaling_factor", scale_of(self._weights, f"{name}.weights_scaling_factor"))
         return self._inputs[key], self.widened(stored, scale, f"{name}.wide")
 
     def _awq(self, x: str, name: str) -> tuple[str, str]:
@@ -114,39 +103,7 @@ class QuantizedOps:
         parts: Iterable[Array] = pieces(self._weights, name, shape[0])
         return self._graph.weight(name, dtype, shape, (part.astype(numpy_dtype(dtype)) for part in parts))
 
-    def _scale(self, name: str) -> Array:
-        """A scale of a whole tensor, float32 []."""
-        return self._weights.array(name).astype("float32").reshape(())
-
 
 def check_algorithms(weights: Checkpoint) -> None:
-    """Refuse what cannot be lowered, before anything is written.
-
-    Raises:
-        RequestError: an unknown algorithm or variant of one.
-    """
-    quantization = weights.quantization
-    for key, known in (("quant_algo", ALGORITHMS), ("kv_cache_quant_algo", tuple(CACHES))):
-        algorithm = quantization.get(key)
-        if algorithm is not None and algorithm not in known:
-            raise RequestError(
-                f"the tensorrt-rtx engine cannot compile {key} {algorithm}",
-                f"known: {', '.join(known)}; choose another precision, or another engine",
-            )
-    problem = _unknown_variant(weights)
-    if problem:
-        raise RequestError(f"the tensorrt-rtx engine cannot compile {problem}", "choose another engine for it")
-
-
-def _unknown_variant(weights: Checkpoint) -> str:
-    """What of a known algorithm is not known here, empty if all is."""
-    names, group = weights.names(), weights.quantization.get("group_size", 128)
-    if "lm_head.weights_scaling_factor" in names:
-        return "a quantised lm_head"
-    if any(name.endswith(".per_channel_scale") for name in names):
-        return "weights that are packed for one GPU's kernels already (per_channel_scale)"
-    if weights.quantization["quant_algo"] != "W4A16_AWQ":
-        return ""
-    if weights.quantization.get("has_zero_point"):
-        return "W4A16_AWQ with zero points"
-    return "" if group in GROUPS else f"W4A16_AWQ in groups of {group} (known: {', '.join(map(str, GROUPS))})"
+    """Refuse what cannot be lowered, before anything is written. Raises RequestError."""
+    check_known(weights, "tensorrt-rtx", ALGORITHMS, GROUPS)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from engine_recipes.combinations import complete, refused
-from engine_recipes.registry import Engine, Option, load
+from engine_recipes.entries import Engine, Option
+from engine_recipes.registry import load
 from engine_recipes_engines import tensorrt_llm
 from engine_recipes_engines.tensorrt_llm import arguments
 from engines.tensorrt_llm.conftest import DATA, Context

@@ -191,8 +191,8 @@ def test_what_it_cannot_do_is_refused_before_long_work(
 @pytest.mark.parametrize(
     ("algorithm", "cache", "group", "message"),
     [
-        ("W8A16", None, 64, "cannot compile quant_algo W8A16"),
-        ("FP8", "NVFP4", 64, "cannot compile kv_cache_quant_algo NVFP4"),
+        ("W8A16", None, 64, "cannot lower quant_algo W8A16"),
+        ("FP8", "NVFP4", 64, "cannot lower kv_cache_quant_algo NVFP4"),
         ("W4A16_AWQ", None, 32, "W4A16_AWQ in groups of 32"),
     ],
 )

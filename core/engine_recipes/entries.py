@@ -1,0 +1,271 @@
+"""What a registry has entries of: the fields of each kind, as TOML gives them. Data alone, nothing is read here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .types import BASELINE, CALIBRATION, HF_CHECKPOINT, TRTLLM_CHECKPOINT, Value
+
+#: Models of fewer parameters lose more when they are quantised, and have limits of their own.
+SMALL = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who a name belongs to: the package (or file) that its fragment lies in."""
+
+    package: str
+    version: str = ""
+    path: Path = Path()
+
+    def __str__(self) -> str:
+        return f"{self.package} {self.version}".strip()
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting of a stage: its default says its type.
+
+    Attributes:
+        data: the value names data (`FILE.txt`, `hf:DATASET`): what counts in the key is its content, not its name.
+        keyed: False for a setting that says how a thing is done and not what it is; it is in no key.
+        unset: what an option that is left empty amounts to: the tool's own default, for `refuses` to look at.
+        versions: of the tool that have it, as a version range; compared with the option `version`.
+        kind: of an option that may stay empty, what it is otherwise: an engine's own words.
+    """
+
+    default: Value
+    choices: tuple[Value, ...] = ()
+    min: float | None = None
+    max: float | None = None
+    help: str = ""
+    data: bool = False
+    keyed: bool = True
+    unset: Value = ""
+    versions: str = ""
+    kind: str = ""
+
+    @classmethod
+    def from_value(cls, value: Any) -> Option:
+        """`tp_size = 1` is short for `tp_size = { default = 1 }`."""
+        return cls(value)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Where a metric warns and fails for one precision; what is left out is the metric's own."""
+
+    warn: float | None = None
+    fail: float | None = None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Hardware that a precision pays on, as a version range: `compute = ">=8.9"`. Empty: any."""
+
+    compute: str = ""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a stage takes at its peak, for a model of so many parameters: the base, and bytes for each of them.
+
+    An engine's are for each parameter of a 16-bit checkpoint; of one with smaller weights it takes as much less.
+
+    Attributes:
+        memory_base: bytes of RAM, whatever the model.
+        memory: bytes of RAM for each parameter.
+        disk: bytes on disk for each parameter.
+        gpu_memory: bytes of GPU memory for each parameter, where a GPU is used.
+    """
+
+    memory_base: int = 0
+    memory: float = 0.0
+    disk: float = 0.0
+    gpu_memory: float = 0.0
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A combination that cannot work, refused before any work.
+
+    Attributes:
+        when: all of these hold. The key is `target`, `compute`, `precision`, `algorithm`, or an option as in `--set`;
+            the value a pattern, see `combinations.matches`.
+        why: one line, what is wrong.
+        instead: one line, what to do about it.
+    """
+
+    when: Mapping[str, str]
+    why: str
+    instead: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Entry:
+    """What all kinds of entry share.
+
+    Attributes:
+        settings: options that this entry sets for every build it takes part in, as in `--set`.
+        origins: field -> owner, for fields that another fragment than the owner's has set.
+    """
+
+    settings: Mapping[str, Value] = field(default_factory=dict)
+    name: str = field(default="", metadata={"toml": False})
+    owner: Owner = field(default=Owner(""), metadata={"toml": False})
+    origins: Mapping[str, Owner] = field(default_factory=dict, metadata={"toml": False})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Family(Entry):
+    """Models that share a description.
+
+    Attributes:
+        architectures: the class names of `config.json` it knows.
+        references: what can run their unquantised source, in order of preference; nothing: the defaults.
+    """
+
+    module: str
+    architectures: tuple[str, ...]
+    references: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Model(Entry):
+    """One model. `source` are the places its checkpoint may come from, in order of preference."""
+
+    family: str
+    source: tuple[str, ...]
+    parameters: int = 0
+    license: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StageEntry(Entry):
+    """A calibration, a precision or an engine: what it needs, what it takes and gives, and its options.
+
+    Attributes:
+        requires: distributions, `onnx>=1.17`; alternatives are joined by `|`.
+        install: what to run when one is missing.
+        costs: what the stage takes at its peak.
+    """
+
+    module: str
+    takes: tuple[str, ...]
+    gives: str
+    requires: tuple[str, ...] = ()
+    install: str = ""
+    options: Mapping[str, Option] = field(default_factory=dict)
+    costs: Costs = Costs()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Calibration(StageEntry):
+    """What is measured on a model before stage 1. Precisions that name the same one share its result.
+
+    Attributes:
+        shares: options of the precision that it gets as well, such as `device`. Its own are `calib.…` in `--set`.
+    """
+
+    takes: tuple[str, ...] = (HF_CHECKPOINT,)
+    gives: str = CALIBRATION
+    shares: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reference(StageEntry):
+    """What runs the unquantised source, for builds to be compared with."""
+
+    takes: tuple[str, ...] = (HF_CHECKPOINT,)
+    gives: str = BASELINE
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Metric(Entry):
+    """A number that validation measures, and where it warns and fails unless a precision says otherwise.
+
+    Attributes:
+        worse: which way is worse, `above` or `below` the limits.
+    """
+
+    worse: Literal["above", "below"]
+    help: str
+    warn: float | None = None
+    fail: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Precision(StageEntry):
+    """What stage 1 does.
+
+    Attributes:
+        limits: by metric, where validation warns and fails.
+        small_limits: the same for models of fewer than SMALL parameters, which lose more; over `limits`.
+        bits: per weight of the linear layers, for size estimates.
+        algorithm: the `quant_algo` of its checkpoints; nothing if they are not quantised.
+        calibration: the name of what is measured first; nothing if the weights are all it needs.
+    """
+
+    takes: tuple[str, ...] = (HF_CHECKPOINT,)
+    gives: str = TRTLLM_CHECKPOINT
+    bits: float = 16
+    needs: Needs = Needs()
+    algorithm: str = ""
+    calibration: str = ""
+    limits: Mapping[str, Limit] = field(default_factory=dict)
+    small_limits: Mapping[str, Limit] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Engine(StageEntry):
+    """What stage 2 compiles to.
+
+    Attributes:
+        takes: checkpoint kinds it compiles.
+        targets: hardware it builds for: `cpu`, `sm89`, or `sm*`.
+        target_requires: more distributions, by target.
+        algorithms: by target, the `quant_algo` values it can run there; a target that is not named runs any.
+        hardware: facts that go into the key: `target`, `gpu`, `driver`.
+        combines: one engine may be for several targets: `sm86+sm89`.
+        needs_gpu: it compiles on the GPU that the engine is for, so this machine must have it.
+        details: `package:NAME/FILE.toml`, more of `options` and `refuses`; read when a plan needs them.
+        programs: what must be on the PATH, or beside `python`; by the value of the option `runtime`, if it has one.
+        python: the interpreter of another environment that holds the engine's library; its option `python`.
+        refuses: combinations that cannot work.
+        binds: distributions that must have the same version where the engine runs as where it was built.
+        min_driver: the oldest NVIDIA driver that runs it.
+        runtime: what a loaded engine takes.
+    """
+
+    targets: tuple[str, ...]
+    target_requires: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    algorithms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    hardware: tuple[str, ...] = ("target",)
+    combines: bool = False
+    needs_gpu: bool = False
+    details: str = ""
+    programs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    python: str = ""
+    refuses: tuple[Refusal, ...] = ()
+    binds: tuple[str, ...] = ()
+    min_driver: str = ""
+    runtime: Costs = Costs()
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What is chosen when the request leaves it open. `engines` and `references` in order of preference."""
+
+    precision: str = "fp16"
+    engines: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How builds are judged: options of the validation itself, `gate.…` in `--set`."""
+
+    options: Mapping[str, Option] = field(default_factory=dict)
