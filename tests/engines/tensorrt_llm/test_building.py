@@ -251,7 +251,7 @@ def test_the_output_is_shown_and_the_bar_moves(make: Make, context: Context, cap
     said: list[dict[str, Any]] = []
     with events.sink(said.append):
         build(context(make(tp_size=2)))
-    shown = [event["text"] for event in said if event["event"] == "log"]
+    shown = [event["text"] for event in said if event["event"] == "output"]
     assert any("Total time of building all engines" in text for text in shown)
     assert "Total time of building all engines" in capfd.readouterr().err
     bar = [(event["done"], event["total"]) for event in said if event.get("unit") == "steps"]
