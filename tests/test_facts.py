@@ -15,18 +15,18 @@ from engine_recipes import facts as machine
 from engine_recipes.facts import Facts, Gpu, ask, distribution, memory, nvidia, parse_nvidia_smi, read, within
 
 # As a machine with one H100 and driver 580.159.04 says it.
-H100 = "NVIDIA H100 80GB HBM3, 9.0, 81559, 580.159.04, 80994\n"
+H100 = "NVIDIA H100 80GB HBM3, 9.0, 81559, 580.159.04, 80994, GPU-1234\n"
 
 
 def test_a_gpu_is_read_from_nvidia_smi() -> None:
     (gpu,) = parse_nvidia_smi(H100)
-    assert gpu == Gpu("NVIDIA H100 80GB HBM3", "9.0", 81559 << 20, "580.159.04", 80994 << 20)
+    assert gpu == Gpu("NVIDIA H100 80GB HBM3", "9.0", 81559 << 20, "580.159.04", 80994 << 20, "GPU-1234")
     assert gpu.target == "sm90"
 
 
 def test_a_gpu_that_does_not_tell_its_memory_is_a_gpu() -> None:
-    (gpu,) = parse_nvidia_smi("NVIDIA GB10, 12.1, [N/A], 580.95.05, [N/A]\n")
-    assert gpu == Gpu("NVIDIA GB10", "12.1", 0, "580.95.05")
+    (gpu,) = parse_nvidia_smi("NVIDIA GB10, 12.1, [N/A], 580.95.05, [N/A], GPU-5\n")
+    assert gpu == Gpu("NVIDIA GB10", "12.1", 0, "580.95.05", 0, "GPU-5")
 
 
 def test_gpus_of_different_kinds_are_all_named() -> None:
@@ -269,3 +269,33 @@ def test_a_local_version_meets_what_its_release_meets() -> None:
     assert within("2.13.0+cpu", ">=2.8")
     assert not within("2.13.0+cpu", ">=2.14")
     assert not within("2.13.0+cpu", ">=2.8,<2.13")
+
+
+MIXED = (Gpu("L40S", "8.9", 0, "580.1", 0, "GPU-ada"), Gpu("H100", "9.0", 0, "580.1", 0, "GPU-hopper"))
+
+
+def test_of_different_gpus_programs_see_those_that_the_engine_is_for() -> None:
+    facts = Facts(gpus=(*MIXED, MIXED[0]))
+    assert facts.visible("sm89") == "GPU-ada,GPU-ada"
+    assert facts.visible("sm89+sm90") == "", "all of them: no need to choose"
+    assert facts.visible("cpu") == facts.visible("sm80") == ""
+    assert Facts(gpus=MIXED[:1]).visible("sm89") == ""
+    nameless = Facts(gpus=(MIXED[0], Gpu("H100", "9.0", 0, "580.1")))
+    assert nameless.visible("sm90") == "", "what cannot be named cannot be chosen"
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        (None, ["L40S", "H100"]),
+        ("", []),
+        ("-1", []),
+        ("1", ["H100"]),
+        ("1,0", ["H100", "L40S"]),
+        ("GPU-hop", ["H100"]),
+        ("0,7,1", ["L40S"]),
+        ("MIG-3", []),
+    ],
+)
+def test_gpus_that_cuda_visible_devices_hides_are_not_there(visible: str | None, expected: list[str]) -> None:
+    assert [gpu.name for gpu in machine._allowed(list(MIXED), visible)] == expected

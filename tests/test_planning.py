@@ -245,8 +245,8 @@ def test_an_engine_that_cannot_be_for_this_machine_asks_what_it_is_for(registry:
 
 def test_what_compiles_on_its_own_gpu_needs_that_gpu(registry: Registry) -> None:
     made = plan(registry, "smollm2-135m:fp16@tensorrt-llm", target="sm90", facts=replace(CPU, gpus=(ADA,)))
-    assert made.lacking is not None
-    assert "compiles for sm90 on such a GPU alone, and here is RTX 6000 Ada (sm89)" in made.lacking.message
+    assert "compiles for sm90 on such a GPU alone, and here is RTX 6000 Ada (sm89)" in made.lacking["stage2"].message
+    assert made.lacks(["resolve", "stage1"]) is None, "the checkpoint can be made anywhere"
 
 
 def test_a_program_that_is_missing_is_named_and_so_is_the_other_way_to_run_it(registry: Registry) -> None:
@@ -288,3 +288,32 @@ def test_how_a_tool_is_run_is_in_no_key(registry: Registry) -> None:
     other = {"build.runtime": "docker", "build.python": "/opt/bin/python"}
     changed = plan(registry, "smollm2-135m:plain@tool", target="cpu", facts=there, settings=other)
     assert [stage.key for stage in changed.stages] == [stage.key for stage in local.stages]
+
+
+def test_folders_count_by_what_is_in_them(registry: Registry, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    there = replace(CPU, programs={"toy-tool": "/usr/bin/toy-tool"})
+
+    def key(**more: str) -> str:
+        settings = {"build.extra": str(adapter), **more}
+        made = plan(registry, "smollm2-135m:plain@tool", target="cpu", facts=there, settings=settings)
+        return made.stage("stage2").key
+
+    with pytest.raises(RequestError, match="there is no folder"):
+        key()
+    adapter.mkdir()
+    (adapter / "weights").write_text("one")
+    first = key()
+    assert key() == first
+    (adapter / "weights").write_text("two")
+    assert key() != first
+    other = adapter.rename(tmp_path / "elsewhere")
+    assert key(**{"build.extra": str(other)}) == key(**{"build.extra": f" {other} "})
+
+
+def test_an_engines_own_lack_stops_none_of_the_stages_before_it(registry: Registry) -> None:
+    made = plan(registry, "smollm2-135m:plain@tool", target="cpu")
+    assert set(made.lacking) == {"stage2"}
+    assert made.lacks(["resolve", "stage1", "validate"]) is None
+    bare = plan(registry, "smollm2-135m:fp16@onnxruntime", facts=Facts(versions={"numpy": "2.4", "ml-dtypes": "0.6"}))
+    assert set(bare.lacking) == {"stage2", "validate"}, "an engine whose packages are missing is not judged either"

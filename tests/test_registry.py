@@ -173,3 +173,36 @@ def test_every_source_of_ours_can_be_parsed() -> None:
 
     for model in load().models.entries.values():
         assert [str(parse(spec)) for spec in model.source] == list(model.source)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("targets = []", "targets: names none"),
+        ("costs = { memory = -1 }", "costs: no cost is below 0"),
+        ("costs = { memory = nan }", "must be a finite number"),
+        ("runtime = { gpu_memory = -1.0 }", "runtime: no cost is below 0"),
+        ("python = 5", "must be a string"),
+    ],
+)
+def test_an_engine_that_says_nonsense_is_an_error_with_its_path(text: str, error: str) -> None:
+    Path("registry.toml").write_text(f"[engines.tensorrt-llm]\n{text}\n")
+    with pytest.raises(RequestError, match=f"engines.tensorrt-llm.*{error}") as caught:
+        load()
+    assert "1 error:" in str(caught.value), "and nothing else is said to be wrong"
+
+
+def test_the_details_of_a_broken_package_hurt_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = """api = 1
+[engines.broken]
+module = "broken_pack.engine"
+takes = ["trtllm-checkpoint"]
+gives = "broken"
+targets = ["cpu"]
+details = "package:broken_pack/engine.toml"
+"""
+    folder = package(tmp_path / "site", "broken-pack", broken)
+    (folder / "broken_pack" / "engine.toml").write_text("not toml")
+    install(monkeypatch, folder)
+    Path("registry.toml").write_text('[models."qwen2.5-7b".settings]\n"build.max_num_tokens" = 3\n')
+    assert "broken" in load().engines.entries

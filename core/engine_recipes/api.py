@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -151,11 +152,19 @@ class Setup:
             raise foreign
         return folder
 
-    def short(self, plan: Plan) -> MachineError | None:
-        """What the missing stages of a plan need and this machine has not, by estimate; None if all fits."""
-        from . import estimates, runner
+    def missing(self, plan: Plan, until: StageName = "validate") -> list[StageName]:
+        """The stages of a plan that have to run, up to one of them."""
+        from . import runner, stages
 
-        missing = [stage.name for stage in plan.stages if runner.status(plan, stage, self.store) is None]
+        names = stages.STAGES[: stages.STAGES.index(until) + 1]
+        engine = runner.status(plan, plan.stage("stage2"), self.store)
+        return [s.name for s in plan.stages if s.name in names and not runner.status(plan, s, self.store, engine)]
+
+    def short(self, plan: Plan, until: StageName = "validate") -> MachineError | None:
+        """What stages that have to run need and this machine has not, by estimate; None if all fits."""
+        from . import estimates
+
+        missing = self.missing(plan, until)
         needs = estimates.estimate(
             plan.parameters,
             plan.precision,
@@ -224,7 +233,7 @@ def build(
 
     setup, how = open_setup(workspace), how or runner.How()
     chosen = setup.plan(ref, **choices)
-    too_small = None if how.force or chosen.blocked else setup.short(chosen)
+    too_small = None if how.force or chosen.unavailable else setup.short(chosen, how.until)
     if too_small:
         raise too_small
     result = runner.run(chosen, setup.store, how, listen)
@@ -256,6 +265,8 @@ def load(ref: str | Plan, *, workspace: str | Path | None = None, **choices: Any
 def load_plan(setup: Setup, chosen: Plan, options: Mapping[str, Any] | None = None) -> Loaded:
     """Load the engine of a plan."""
     stage = chosen.stage("stage2")
+    if chosen.gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = chosen.gpus  # nothing of CUDA has been loaded in this process yet
     return load_folder(setup.usable(chosen), stage.provider, {**stage.options, **(options or {})})
 
 

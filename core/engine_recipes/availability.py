@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
-from .entries import Calibration, Engine, Model, Precision
+from .entries import Calibration, Engine, Model, Precision, StageEntry
 from .errors import MachineError, RequestError
 from .facts import Facts, within
 from .registry import Registry
 from .space import human_bytes
 from .targets import compute_of, parts, target_of
-from .types import HF_CHECKPOINT, Value
+from .types import HF_CHECKPOINT, StageName, Value
 
 _AT_LEAST = re.compile(r">=(\d+\.\d)")
 
@@ -77,22 +77,31 @@ def lacking(
     target: str,
     facts: Facts,
     options: Mapping[str, Value] | None = None,
-) -> MachineError | None:
-    """What has to be here before this pair can be built here; None if all is.
+) -> dict[StageName, MachineError]:
+    """What has to be here before the stages of this pair can run here; those that lack nothing are left out.
 
     Args:
         options: of the engine, as they are settled; of them `runtime` says which programs it needs, and `python` where
             else than on the PATH to look for them.
     """
-    first = [(calibration, calibration.requires)] if calibration else []
-    for entry, requires in (*first, (precision, precision.requires), (engine, requirements(engine, target))):
-        missing = facts.missing(requires)
-        if missing:
-            hint = entry.install if set(missing) <= set(facts.missing(entry.requires)) else ""
-            hint = hint or f"pip install {' '.join(repr(m) for m in missing)}"
-            who = f"{precision.name} (calibration {entry.name})" if entry is calibration else entry.name
-            return MachineError(f"{who} needs {facts.described(missing)}", hint)
-    return no_gpu(engine, target, facts) or no_program(engine, facts, options)
+    found: dict[StageName, MachineError] = {}
+    if calibration and (missing := facts.missing(calibration.requires)):
+        who = f"{precision.name} (calibration {calibration.name})"
+        found["calibrate"] = _uninstalled(who, calibration, missing, facts)
+    if missing := facts.missing(precision.requires):
+        found["stage1"] = _uninstalled(precision.name, precision, missing, facts)
+    if missing := facts.missing(requirements(engine, target)):
+        found["stage2"] = _uninstalled(engine.name, engine, missing, facts)
+    elif problem := no_gpu(engine, target, facts) or no_program(engine, facts, options):
+        found["stage2"] = problem
+    return found
+
+
+def _uninstalled(who: str, entry: StageEntry, missing: list[str], facts: Facts) -> MachineError:
+    hint = entry.install if set(missing) <= set(facts.missing(entry.requires)) else ""
+    return MachineError(
+        f"{who} needs {facts.described(missing)}", hint or f"pip install {' '.join(repr(m) for m in missing)}"
+    )
 
 
 def no_gpu(engine: Engine, target: str, facts: Facts) -> MachineError | None:
@@ -116,9 +125,11 @@ def no_program(engine: Engine, facts: Facts, options: Mapping[str, Value] | None
     missing = [name for name in engine.programs.get(runtime, ()) if not _finds(name, python, facts)]
     if not missing:
         return None
-    others = [f"--runtime {other}" for other in engine.programs if other != runtime]
-    usable = f", or {' or '.join(others)}" if others else ""
-    return MachineError(f"{engine.name} needs the program {missing[0]}, not found here", f"{engine.install}{usable}")
+    others = [other for other in engine.programs if other != runtime]
+    here = [other for other in others if all(name in facts.programs for name in engine.programs[other])] or others
+    usable = f", or {' or '.join(f'--runtime {other}' for other in here)}" if here else ""
+    beside = f" beside {python}" if python else " here"
+    return MachineError(f"{engine.name} needs the program {missing[0]}, not found{beside}", f"{engine.install}{usable}")
 
 
 def _finds(program: str, python: str, facts: Facts) -> bool:
@@ -170,7 +181,7 @@ def untargeted(engine: Engine, facts: Facts) -> RequestError | MachineError:
     here = f"this machine has {facts.target}" if facts.gpus else "this machine has no NVIDIA GPU"
     reason = f"{engine.name} builds for {_targets(engine)}, and {here}"
     if engine.needs_gpu:
-        return MachineError(reason, "build it on a machine with such a GPU, or with another engine")
+        return MachineError(reason, "build it where such a GPU is, or name one: --target … --until stage1")
     return RequestError(reason, f"name what it is for: --target {engine.targets[0].replace('*', '89')}")
 
 

@@ -94,7 +94,9 @@ def run(setup: Setup, plan: Plan, settings: Settings, listen: Callable[[Event], 
         "prompts": prompts_for(folder, settings),
     }
     listen({**stage, "status": "started"})
-    measured = launch.call(f"bench of {provider}", request, None, lambda e: listen({**e, "stage": "bench"})).value
+    measured = launch.call(
+        f"bench of {provider}", request, None, lambda e: listen({**e, "stage": "bench"}), plan.gpus
+    ).value
     listen({**stage, "status": "run", "seconds": time.monotonic() - started})
     result = {
         "ref": str(plan.ref),

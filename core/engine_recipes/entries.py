@@ -34,7 +34,8 @@ class Option:
         keyed: False for a setting that says how a thing is done and not what it is; it is in no key.
         unset: what an option that is left empty amounts to: the tool's own default, for `refuses` to look at.
         versions: of the tool that have it, as a version range; compared with the option `version`.
-        kind: of an option that may stay empty, what it is otherwise: an engine's own words.
+        kind: of an option that may stay empty, what it is otherwise: an engine's own words; but of `folders`, joined by
+            commas, what counts in the key is their contents.
     """
 
     default: Value
@@ -118,6 +119,10 @@ class Entry:
     owner: Owner = field(default=Owner(""), metadata={"toml": False})
     origins: Mapping[str, Owner] = field(default_factory=dict, metadata={"toml": False})
 
+    def problems(self) -> list[str]:
+        """What is wrong with it beyond the types of its fields, each beginning with a field's name."""
+        return []
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Family(Entry):
@@ -160,6 +165,10 @@ class StageEntry(Entry):
     install: str = ""
     options: Mapping[str, Option] = field(default_factory=dict)
     costs: Costs = Costs()
+
+    def problems(self) -> list[str]:
+        """See `Entry.problems`."""
+        return ["costs: no cost is below 0"] if min(vars(self.costs).values()) < 0 else []
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -253,6 +262,12 @@ class Engine(StageEntry):
     binds: tuple[str, ...] = ()
     min_driver: str = ""
     runtime: Costs = Costs()
+
+    def problems(self) -> list[str]:
+        """See `Entry.problems`."""
+        found = super().problems()
+        found += [] if self.targets else ["targets: names none"]
+        return found + (["runtime: no cost is below 0"] if min(vars(self.runtime).values()) < 0 else [])
 
 
 @dataclass(frozen=True)

@@ -35,14 +35,17 @@ class Needs:
 
 
 def weight_bytes(parameters: int, precision: Precision, decoder: Decoder | None = None) -> float:
-    """Bytes of the weights at a precision, a tied head counted once.
+    """Bytes of the weights at a precision, a tied head counted once: tables at 16 bits, the rest at `bits`.
 
-    Without a decoder by the precision's costs, or its bits; with one its tables are at 16 bits, the rest at `bits`.
+    Without a decoder the tables are taken for those of 128,000 tokens, the head not tied, at a width that grows with
+    the cube root of the parameters (4096 at 8 billion), and for a quarter of a small model.
     """
-    if decoder is None:
-        return parameters * (precision.costs.disk or precision.bits / 8)
-    tables = _tables(decoder) * (1 if decoder.tied else 2)
-    return (decoder.parameters - tables) * precision.bits / 8 + tables * _TABLE
+    if decoder:
+        tables = float(_tables(decoder) * (1 if decoder.tied else 2))
+        parameters = decoder.parameters
+    else:
+        tables = min(parameters / 4, 2 * 128e3 * 4096 * (parameters / 8e9) ** (1 / 3))
+    return (parameters - tables) * precision.bits / 8 + tables * _TABLE
 
 
 def estimate(

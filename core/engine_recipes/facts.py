@@ -16,18 +16,20 @@ PROGRAMS = ("nvidia-smi", "docker", "podman", "nvidia-ctk", "nvidia-container-cl
 #: Is there on Linux where the driver's kernel module is loaded, whether or not it answers.
 DRIVER = Path("/proc/driver/nvidia/version")
 _WSL = Path("/dev/dxg")  # Windows' Linux has its driver outside
-_QUERY = "name,compute_cap,memory.total,driver_version,memory.free"
+_QUERY = "name,compute_cap,memory.total,driver_version,memory.free,uuid"
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One NVIDIA GPU. `compute` is its compute capability, `8.9`; memory in bytes, 0 if it is not known."""
+    """One NVIDIA GPU. `compute` is its compute capability, `8.9`; memory in bytes, 0 if it is not known; `uuid` is how
+    CUDA_VISIBLE_DEVICES names it, in whatever order the GPUs are."""
 
     name: str
     compute: str
     memory_bytes: int
     driver: str
     memory_free_bytes: int = 0
+    uuid: str = ""
 
     @property
     def target(self) -> str:
@@ -66,6 +68,14 @@ class Facts:
     def targets(self) -> tuple[str, ...]:
         """Every GPU's target, each once; nothing without a GPU."""
         return tuple(dict.fromkeys(gpu.target for gpu in self.gpus))
+
+    def visible(self, target: str) -> str:
+        """What CUDA_VISIBLE_DEVICES must be so that a program sees only GPUs that the target is for.
+
+        Empty where it need not be anything: all GPUs are such, or none is.
+        """
+        fitting = [gpu.uuid for gpu in self.gpus if gpu.target in target.split("+")]
+        return ",".join(fitting) if all(fitting) and len(fitting) < len(self.gpus) else ""
 
     @property
     def driver(self) -> str:
@@ -210,10 +220,26 @@ def nvidia() -> tuple[list[Gpu], str]:
     if sys.platform == "linux" and not (DRIVER.exists() or _WSL.exists()):
         return [], ""
     try:
-        return _by_nvml()
+        gpus, cuda = _by_nvml()
     except ImportError:
         answer, why = ask(["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"], 20)
-        return ([] if why else parse_nvidia_smi(answer)), _cuda()
+        gpus, cuda = ([] if why else parse_nvidia_smi(answer)), _cuda()
+    return _allowed(gpus, os.environ.get("CUDA_VISIBLE_DEVICES")), cuda
+
+
+def _allowed(gpus: list[Gpu], visible: str | None) -> list[Gpu]:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves to programs; what follows a name that is none of them is left out."""
+    if visible is None:
+        return gpus
+    found = []
+    for name in (word.strip() for word in visible.split(",")):
+        if name.isdigit() and int(name) < len(gpus):
+            found.append(gpus[int(name)])
+        elif name and (matching := [gpu for gpu in gpus if gpu.uuid.startswith(name)]):
+            found.append(matching[0])
+        else:
+            break
+    return found
 
 
 def _by_nvml() -> tuple[list[Gpu], str]:
@@ -244,7 +270,10 @@ def _device(pynvml: Any, index: int, driver: str, failures: tuple[type[Exception
     with suppress(*failures):  # a GPU that is split into instances may not tell
         memory = pynvml.nvmlDeviceGetMemoryInfo(device)
         total, free = memory.total, memory.free
-    return Gpu(str(pynvml.nvmlDeviceGetName(device)), f"{major}.{minor}", total, driver, free)
+    uuid = ""
+    with suppress(*failures):
+        uuid = str(pynvml.nvmlDeviceGetUUID(device))
+    return Gpu(str(pynvml.nvmlDeviceGetName(device)), f"{major}.{minor}", total, driver, free, uuid)
 
 
 def _cuda() -> str:
@@ -265,14 +294,14 @@ def _dotted(version: int) -> str:
 
 
 def parse_nvidia_smi(text: str) -> list[Gpu]:
-    """GPUs from `nvidia-smi --query-gpu=name,compute_cap,memory.total,driver_version,memory.free
+    """GPUs from `nvidia-smi --query-gpu=name,compute_cap,memory.total,driver_version,memory.free,uuid
     --format=csv,noheader,nounits`. Memory that it does not tell (`[N/A]`) is 0."""
     found = []
     for line in text.splitlines():
         parts = [part.strip() for part in line.split(",")]
-        if len(parts) == 5 and re.fullmatch(r"\d+\.\d+", parts[1]):
+        if len(parts) == 6 and re.fullmatch(r"\d+\.\d+", parts[1]):
             total, free = (int(parts[i]) << 20 if parts[i].isdigit() else 0 for i in (2, 4))
-            found.append(Gpu(parts[0], parts[1], total, parts[3], free))
+            found.append(Gpu(parts[0], parts[1], total, parts[3], free, parts[5]))
     return found
 
 

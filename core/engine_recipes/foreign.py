@@ -45,10 +45,11 @@ def plan_for(setup: Setup, text: str, source: str | None, choices: Mapping[str, 
         return _plan_engine(setup, folder.resolve(), source, choices["settings"])
     if is_checkpoint:
         return _plan_checkpoint(setup, folder.resolve(), source, choices)
-    if folder.is_dir() and (refs.is_folder(text) or "/" in text) and not (folder / CONFIG).is_file():
+    is_model = (folder / CONFIG).is_file() and any(folder.glob("*.safetensors"))
+    if folder.is_dir() and (refs.is_folder(text) or "/" in text) and not is_model:
         raise RequestError(
             f"{text} holds no engine of ours and no TensorRT-LLM checkpoint",
-            f"an engine has {MANIFEST}, a checkpoint {CONFIG} and {RANK0}",
+            f"an engine has {MANIFEST}, a checkpoint {CONFIG} and {RANK0}: copy the whole folder",
         )
     if source:
         raise RequestError("--source says what a folder was made from, and this is a reference", "leave it out")

@@ -42,7 +42,9 @@ class Answer:
     peak_rss_bytes: int
 
 
-def call(what: str, request: Mapping[str, Any], log: Path | None, listen: Callable[[Event], None]) -> Answer:
+def call(
+    what: str, request: Mapping[str, Any], log: Path | None, listen: Callable[[Event], None], gpus: str = ""
+) -> Answer:
     """Run one call in a fresh process.
 
     Args:
@@ -50,6 +52,7 @@ def call(what: str, request: Mapping[str, Any], log: Path | None, listen: Callab
         request: the call, see worker.perform.
         log: file that gets everything the worker and its tools print; None throws it away.
         listen: gets progress, log and warn events as they come.
+        gpus: which GPUs it may see, as CUDA_VISIBLE_DEVICES; empty: those that this process sees.
 
     Raises:
         RecipesError: what the worker raised.
@@ -60,7 +63,7 @@ def call(what: str, request: Mapping[str, Any], log: Path | None, listen: Callab
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**_ENVIRONMENT, **os.environ},
+        env={**_ENVIRONMENT, **os.environ, **({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})},
         start_new_session=True,  # so that one signal reaches the worker's own children too
     )
     assert process.stdin and process.stdout and process.stderr

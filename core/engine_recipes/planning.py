@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +44,9 @@ class Plan:
         not_compared: why validation compares the engine with nothing; empty if it does.
         cannot_run: why this machine cannot run the engine; empty if it can.
         machine: this machine, for the manifest.
-        lacking: a package, a program or a GPU that this machine has not; None if it has all.
-        blocked: that, or data or a checkpoint that is missing: why it cannot be built now; None if it can.
+        gpus: as CUDA_VISIBLE_DEVICES, the GPUs of this machine that the engine is for; empty if there is no choice.
+        lacking: by stage, a package, a program or a GPU that this machine has not.
+        unavailable: data or a checkpoint that is missing; None if all is there.
     """
 
     ref: Ref
@@ -62,16 +64,28 @@ class Plan:
     not_compared: str
     cannot_run: str
     machine: Mapping[str, Any]
-    lacking: MachineError | None
-    blocked: MachineError | None
+    gpus: str
+    lacking: Mapping[StageName, MachineError]
+    unavailable: MachineError | None
+
+    @property
+    def blocked(self) -> MachineError | None:
+        """Why this machine cannot build all of it now, and what to do; None if it can."""
+        return next(iter(self.lacking.values()), None) or self.unavailable
 
     @property
     def arguments(self) -> str:
         """What names this very recipe on a command line: the reference, and what was chosen by options."""
-        words = [str(self.ref), *(f"--set {key}={value}" for key, value in self.given.items())]
+        words = [str(self.ref)]
+        for key, value in self.given.items():
+            words += ["--set", f"{key}={value}"]
         if not any(choice.startswith("target ") for choice in self.chosen):
-            words.append(f"--target {self.target}")
-        return " ".join(words)
+            words += ["--target", self.target]
+        return shlex.join(words)
+
+    def lacks(self, stages: Iterable[StageName]) -> MachineError | None:
+        """What the first of these stages needs that this machine has not; None if they have all."""
+        return next((self.lacking[name] for name in stages if name in self.lacking), None)
 
     @property
     def settings(self) -> dict[str, Setting]:
@@ -159,6 +173,9 @@ def make(
         raise RequestError(f"{model.name}:{precision.name}@{engine.name} cannot be built: {rule.why}", rule.instead)
     compiling = next(stage for stage in stages if stage.name == "stage2")
     missing = lacking(None if ready else calibration, precision, engine, where, facts, compiling.options)
+    can_validate = "stage2" not in missing or not facts.missing(requirements(engine, where))
+    if not can_validate:
+        missing["validate"] = missing["stage2"]
     return Plan(
         ref=Ref(ref.model, precision.name, engine.name),
         model=model,
@@ -175,6 +192,7 @@ def make(
         not_compared=builder.not_compared,
         cannot_run=builder.cannot_run,
         machine=portability.describe(facts, requirements(engine, where)),
+        gpus=facts.visible(where),
         lacking=missing,
-        blocked=missing or builder.blocked or (not_fetched(model) if located is None else None),
+        unavailable=builder.blocked or (not_fetched(model) if located is None else None),
     )

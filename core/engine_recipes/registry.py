@@ -28,7 +28,7 @@ from .entries import (
     Reference,
     StageEntry,
 )
-from .errors import RequestError, did_you_mean
+from .errors import RecipesError, RequestError, did_you_mean
 from .refs import NAME
 from .structure import quote, structure, suggest
 from .types import Ref
@@ -307,7 +307,7 @@ class _Merger:
         engines = registry.engines.entries.values()
         known |= {f"build.{name}" for entry in engines for name in entry.options}
         if any(key.startswith("build.") and key not in known for key in self.set_keys(registry)):
-            known |= self.detailed(engines)
+            known |= self.detailed(registry)
         known |= {f"gate.{name}" for name in registry.gate.options}
         known |= {f"gate.{name}.{limit}" for name in registry.metrics.entries for limit in ("warn", "fail")}
         for names in registry.kinds:
@@ -318,17 +318,21 @@ class _Merger:
                         path = f"{names.kind}.{quote(name)}.settings.{quote(key)}"
                         self.complain(owner, f"{path}: unknown{suggest(key, known)}")
 
-    def detailed(self, engines: Iterable[Engine]) -> set[str]:
-        """Options that stand in the files of engines' `details`: read only if it matters."""
+    def detailed(self, registry: Registry) -> set[str]:
+        """Options that stand in the files of engines' `details`: read only if it matters.
+
+        If an engine cannot be read, any option may be its own: then nothing of `build.` is unknown.
+        """
         from . import combinations
 
         found: set[str] = set()
-        for engine in engines:
+        is_complete = not registry.engines.unusable
+        for engine in registry.engines.entries.values():
             try:
                 found |= {f"build.{name}" for name in combinations.complete(engine).options}
-            except RequestError as error:
-                self.complain(engine.owner, error.message)
-        return found
+            except RecipesError:
+                is_complete = False
+        return found if is_complete else {key for key in self.set_keys(registry) if key.startswith("build.")}
 
     def set_keys(self, registry: Registry) -> set[str]:
         """Every option that some entry sets."""
@@ -368,6 +372,7 @@ class _Merger:
             if fragment.owner is not owner:
                 origins.update({key: fragment.owner for key in layer})
         entry = structure(cls, table, path, errors)
+        errors += [f"{path}.{problem}" for problem in (entry.problems() if entry else ())]
         if entry is None or errors:
             for error in errors:
                 field_name = error.removeprefix(f"{path}.").partition(":")[0].partition(".")[0]

@@ -109,7 +109,7 @@ def run(plan: Plan, store: Store, how: How, listen: Callable[[Event], None]) -> 
     """Run what is missing. Never raises for a stage that fails: the build says so and `error` why.
 
     Args:
-        plan: must not be blocked.
+        plan: whose missing stages lack nothing here.
         listen: gets `stage` events (name, status started, cached, waiting or finished) and what workers send,
             each with the stage's name under `stage`.
 
@@ -117,10 +117,11 @@ def run(plan: Plan, store: Store, how: How, listen: Callable[[Event], None]) -> 
         RecipesError: the plan is blocked, or the workspace cannot be written.
         Interrupted: Ctrl-C; finished stages are kept.
     """
-    if plan.blocked:
-        raise plan.blocked
-    started = time.monotonic()
     walk = _Walk(plan, store, how, listen)
+    lacking = plan.lacks(stage.name for stage in walk.stages if walk.hit(stage) is None) or plan.unavailable
+    if lacking:
+        raise lacking
+    started = time.monotonic()
     error: RecipesError | None = None
     try:
         walk.all()
@@ -255,9 +256,8 @@ class _Walk:
                 "identity": located.identity,
             },
         }
-        return call(
-            f"{stage.name} of {stage.provider}", request, log, lambda e: self.listen({**e, "stage": stage.name})
-        )
+        what = f"{stage.name} of {stage.provider}"
+        return call(what, request, log, lambda e: self.listen({**e, "stage": stage.name}), self.plan.gpus)
 
     def context(self, stage: Stage, out: Path) -> StageContext:
         return StageContext(

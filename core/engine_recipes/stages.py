@@ -5,8 +5,9 @@ A key is the hash of all that determines a stage's result: provider and version,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from . import __version__, portability
@@ -21,6 +22,7 @@ from .options import Setting, settle
 from .refs import label
 from .registry import Registry
 from .sources import Located
+from .sources.folder import digest_of
 from .store import PLACES, Slot
 from .types import HF_CHECKPOINT, Artifact, Provider, StageName, Value
 
@@ -121,6 +123,8 @@ class Builder:
         known = self.known()
         unknown = [key for key in self.given if key not in known]
         if unknown:
+            if unknown[0] == "build.runtime":
+                raise RequestError(f"{of.engine.name} calls no tools of yours: it has no --runtime", "leave it out")
             where = "here" if not self.version else f"of {of.engine.name} {self.version}, or of the other stages"
             raise RequestError(f"no option {unknown[0]!r} {where}", did_you_mean(unknown[0], known))
         made = [self.resolve()]
@@ -201,17 +205,20 @@ class Builder:
         data = self.data(name, settings)
         preimage: dict[str, Any] = {}
         if all(inputs) and not self.blocked:
-            options = self.keyed(name, settings, data)
+            folders = self.folders(name, settings)
+            options = self.keyed(name, settings, {**data, **folders})
             requires = requirements(entry, self.target) if isinstance(entry, Engine) else entry.requires
             preimage = _preimage(name, who, options, inputs, self.facts.tools(requires))
             if data:
                 preimage["data"] = data
+            if folders:
+                preimage["folders"] = folders
             if isinstance(entry, Engine):
                 preimage["hardware"] = self.hardware(entry)
         slot = _slot(name, preimage, self.label(name, entry, settings))
         return Stage(name, who, settings, entry.gives, preimage, slot)
 
-    def keyed(self, stage: StageName, settings: Mapping[str, Setting], data: Mapping[str, str]) -> dict[str, Value]:
+    def keyed(self, stage: StageName, settings: Mapping[str, Setting], data: Container[str]) -> dict[str, Value]:
         """The options that a key depends on by their value."""
         values = {name: setting.value for name, setting in settings.items() if name not in data}
         return {name: value for name, value in values.items() if self.option(stage, name).keyed}
@@ -226,6 +233,18 @@ class Builder:
         if stage == "calibrate" and of.calibration and name in of.calibration.options:
             return of.calibration.options[name]
         return of.precision.options[name]
+
+    def folders(self, stage: StageName, settings: Mapping[str, Setting]) -> dict[str, list[str]]:
+        """Option -> digests, for options that name folders."""
+        found = {}
+        for name, setting in settings.items():
+            if self.option(stage, name).kind == "folders" and setting.value:
+                paths = [Path(word.strip()).expanduser() for word in str(setting.value).split(",")]
+                for path in paths:
+                    if not path.is_dir():
+                        raise RequestError(f"{setting.key}: there is no folder {path}", "check the path")
+                found[name] = [digest_of(sorted(f for f in path.rglob("*") if f.is_file())) for path in paths]
+        return found
 
     def data(self, stage: StageName, settings: Mapping[str, Setting]) -> dict[str, str]:
         """Option -> digest, for options that name data."""

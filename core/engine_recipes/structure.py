@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from types import UnionType
@@ -106,6 +107,8 @@ def _union(args: tuple[Any, ...], value: Any, path: str, errors: list[str]) -> A
 def _scalar(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
     if hint is float and type(value) is int:
         return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        errors.append(f"{path}: must be a finite number")
     if type(value) is not hint:  # bool is an int for isinstance
         errors.append(f"{path}: must be {_WORDS.get(hint, hint)}, not {value!r}")
     return value

@@ -13,14 +13,14 @@ def parts(target: str) -> list[str]:
 
 
 def normal(text: str) -> str:
-    """One spelling for what `--target` says: `sm89,sm86` and `sm86+sm89` are the same.
+    """One spelling for what `--target` says: `SM89,sm86` and `sm86+sm89` are the same.
 
     Raises:
-        RequestError: there is nothing between two of the separators.
+        RequestError: something that cannot be a target's name; it becomes part of a folder's.
     """
-    found = [part.strip() for part in re.split("[,+]", text)]
-    if not all(found):
-        raise RequestError(f"--target {text!r} names nothing", "for example --target sm89, or --target sm86+sm89")
+    found = [part.strip().lower() for part in re.split("[,+]", text)]
+    if not all(re.fullmatch("[a-z0-9][a-z0-9_-]*", part) for part in found):
+        raise RequestError(f"--target {text!r} is no target", "for example --target sm89, or --target sm86,sm89")
     return "+".join(sorted(dict.fromkeys(found), key=lambda part: (len(part), part)))
 
 

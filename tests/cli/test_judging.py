@@ -56,6 +56,7 @@ def test_a_failing_engine_gets_exit_code_5_and_a_table_with_the_reason(toy_model
     [
         (("nonsense!",), 2, "is no model's name"),
         (("./empty",), 2, "holds no engine of ours"),
+        (("./carried",), 2, "holds no engine of ours"),
         ((REF, "--source", "smollm2-135m"), 2, "--source says what a folder was made from"),
         ((REF, "--accept", " "), 2, "--accept needs a reason"),
         (("DAMAGED",), 2, "manifest.json is damaged"),
@@ -71,6 +72,9 @@ def test_bad_requests_are_refused_in_two_lines(
     toy_model: Path, recipes: Recipes, arguments: tuple[str, ...], code: int, message: str
 ) -> None:
     Path("empty").mkdir()
+    Path("carried").mkdir()  # an engine without its manifest
+    Path("carried/config.json").write_text('{"pretrained_config": {}, "build_config": {}}')
+    Path("carried/rank0.engine").write_bytes(b"engine")
     if "ENGINE" in arguments:
         arguments = (str(api.build(REF).path("stage2")), *arguments[1:])
     if "DAMAGED" in arguments:

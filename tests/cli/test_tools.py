@@ -99,4 +99,30 @@ def test_how_to_run_it_reaches_the_engine_when_it_is_loaded(toy_model: Path, rec
 def test_an_engine_without_tools_has_no_runtime_to_choose(toy_model: Path, recipes: Recipes) -> None:
     ran = recipes("plan", "./toy-model:plain@echo", "--runtime", "docker")
     assert ran.code == 2
-    assert "build.runtime" in ran.error[0]
+    assert ran.error == ["echo calls no tools of yours: it has no --runtime", "leave it out"]
+
+
+def test_the_stages_before_the_engine_need_nothing_of_it(toy_model: Path, recipes: Recipes) -> None:
+    ran = recipes("build", REF, "--target", "cpu", "--until", "stage1")
+    assert ran.code == 0, ran.err
+    assert recipes("build", REF, "--target", "cpu").code == 3
+
+
+def test_what_is_there_already_needs_no_tool(toy_model: Path, recipes: Recipes, toy_tool: Path) -> None:
+    assert recipes("build", REF, "--target", "cpu").code == 0
+    toy_tool.unlink()
+    ran = recipes("build", REF, "--target", "cpu", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["builds"][0]["status"] == "cached"
+
+
+def test_plan_says_which_stage_is_blocked_and_by_what(toy_model: Path, recipes: Recipes) -> None:
+    rows = {row["name"]: row for row in recipes("plan", REF, "--target", "cpu", "--json").json["stages"]}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "resolve": "to run",
+        "stage1": "to run",
+        "stage2": "blocked",
+        "baseline": "to run",
+        "validate": "to run",
+    }
+    assert "toy-tool" in rows["stage2"]["reason"]

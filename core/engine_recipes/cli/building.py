@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,7 +21,7 @@ from ..planning import STAGES, Plan, Stage
 from ..runner import Build, How
 from ..space import human_bytes
 from ..store import size_of
-from ..types import Artifact, StageContext
+from ..types import Artifact, StageContext, StageName
 from . import report, style
 from .common import (
     complete_ref,
@@ -107,18 +108,18 @@ def planned(setup: Setup, plan: Plan) -> list[dict[str, Any]]:
     """One row a stage, as `plan --json` gives them."""
     rows = []
     engine = None
-    problem = plan.blocked or setup.short(plan)
+    general = plan.unavailable or setup.short(plan)
     for stage in plan.stages:
         path = runner.status(plan, stage, setup.store, engine)
         engine = path if stage.name == "stage2" else engine
-        blocked = problem is not None and path is None
-        reason = f"{problem.message}; {problem.hint}" if problem and blocked else ""
+        problem = None if path else general or plan.lacking.get(stage.name)
+        reason = f"{problem.message}; {problem.hint}" if problem else ""
         rows.append(
             {
                 "name": stage.name,
                 "provider": str(stage.provider),
                 "key": stage.key,
-                "status": "cached" if path else "blocked" if blocked else "to run",
+                "status": "cached" if path else "blocked" if problem else "to run",
                 "command": _command(setup, plan, stage),
                 "reason": reason,
                 "options": {k: v for k, v in stage.options.items() if v not in (math.inf, -math.inf)},  # no limit
@@ -143,6 +144,8 @@ def _command(setup: Setup, plan: Plan, stage: Stage) -> list[str] | None:
     context = StageContext(
         str(plan.ref), "stage2", stage.options, inputs, setup.store.path(stage.slot), plan.target, cache, plan.ranks
     )
+    if plan.gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = plan.gpus  # as for the worker that will run it
     return Host().command(stage.provider, context)
 
 
@@ -196,9 +199,9 @@ def build_command(
     check_reason(accept)
     how = How(until or STAGES[-1], not no_validate, force, accept)
     budget = Budget(max_builds if fallback else 0, max_minutes)
-    plans = _plans(setup, references, choices, may_fetch, yes, quiet)
+    plans = _plans(setup, references, choices, how.until, may_fetch, yes, quiet)
     for plan in plans:
-        short = None if force else setup.short(plan)
+        short = None if force else setup.short(plan, how.until)
         if short:
             raise short
     builds: list[Outcome] = []
@@ -224,11 +227,17 @@ def _replan(setup: Setup, text: str, choices: dict[str, Any], more: Mapping[str,
 
 
 def _plans(
-    setup: Setup, references: tuple[str, ...], chosen: dict[str, Any], may_fetch: bool, yes: bool, quiet: bool
+    setup: Setup,
+    references: tuple[str, ...],
+    chosen: dict[str, Any],
+    until: StageName,
+    may_fetch: bool,
+    yes: bool,
+    quiet: bool,
 ) -> list[Plan]:
     """All plans before any work, so that a wrong last argument costs neither a download nor an hour."""
     with reporter(quiet) as lines, events.sink(lambda event: lines({**event, "stage": "resolve"})):
-        wanted = [(text, _plan(setup, text, chosen, may_fetch)) for text in references]
+        wanted = [(text, _plan(setup, text, chosen, until, may_fetch)) for text in references]
     plans = []
     for text, plan in wanted:
         if plan is None or plan.located is None:
@@ -238,7 +247,7 @@ def _plans(
     return plans
 
 
-def _plan(setup: Setup, text: str, chosen: dict[str, Any], may_fetch: bool) -> Plan | None:
+def _plan(setup: Setup, text: str, chosen: dict[str, Any], until: StageName, may_fetch: bool) -> Plan | None:
     """The plan; None for a Hub id that has to be fetched before its family can be known."""
     try:
         plan = setup.plan(text, **chosen)
@@ -246,10 +255,11 @@ def _plan(setup: Setup, text: str, chosen: dict[str, Any], may_fetch: bool) -> P
         if may_fetch and refs.is_hub_id(refs.parse(text).model):
             return None
         raise
-    if plan.lacking:
-        raise plan.lacking
-    if plan.blocked and not may_fetch:
-        raise plan.blocked
+    lacking = plan.lacks(setup.missing(plan, until))
+    if lacking:
+        raise lacking
+    if plan.unavailable and not may_fetch:
+        raise plan.unavailable
     return plan
 
 

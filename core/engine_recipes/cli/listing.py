@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from ..planning import Plan
 
 
+#: Tokens in the cache for which memory is estimated where nothing else is said.
+_TOKENS = 4096
+
+
 @click.command("list")
 @click.option("--model", help="only models whose name holds this")
 @click.option("--ready", is_flag=True, help="only what can be built here and now")
@@ -101,7 +105,7 @@ def _pairs(setup: Setup) -> Iterator[tuple[Precision, Engine, str, str, str]]:
             if reason:
                 yield precision, engine, target, "unsupported", reason
             elif lacking:
-                yield precision, engine, target, "missing", lacking.message
+                yield precision, engine, target, "missing", next(iter(lacking.values())).message
             else:
                 default = availability.default_target(precision, engine, setup.facts)
                 yield precision, engine, target, "ready", "" if target == default else f"with --target {target}"
@@ -153,6 +157,7 @@ def show_command(ref: str, as_json: bool, setup: Setup, choices: dict[str, Any])
         ("missing", ", ".join(data["missing"]) or "nothing"),
         ("sizes", ", ".join(f"{k} about {human_bytes(v)}" for k, v in data["sizes"].items()) or "not known"),
         ("memory", ", ".join(f"{k} about {human_bytes(v)}" for k, v in data["memory"].items()) or "not known"),
+        ("running", _running(data["running"])),
     ):
         click.echo(f"  {name:<9} {value}")
     click.echo("  settings")
@@ -203,6 +208,7 @@ def describe(setup: Setup, plan: Plan) -> dict[str, Any]:
         "missing": setup.facts.missing(requires),
         "sizes": sizes(needs, plan, decoder),
         "memory": {name: need.memory for name, need in needs.items() if need.memory},
+        "running": running(plan, decoder),
         "settings": settings,
     }
 
@@ -215,6 +221,29 @@ def sizes(needs: Mapping[StageName, Needs], plan: Plan, decoder: Decoder | None)
 
     engine = round(estimates.weight_bytes(plan.parameters, plan.precision, decoder))
     return {"source": plan.parameters * 2, "checkpoint": needs["stage1"].disk, plan.engine.name: engine}
+
+
+def running(plan: Plan, decoder: Decoder | None) -> dict[str, int]:
+    """What the loaded engine takes, in bytes, with a full KV cache of so many tokens; empty if it is not known."""
+    from .. import estimates
+
+    options = plan.stage("stage2").options
+    length = int(options.get("max_seq_len") or min(decoder.max_positions if decoder else _TOKENS, _TOKENS))
+    tokens = length * int(options.get("max_batch_size") or 1)
+    narrow = plan.settings.get("kv_cache")
+    kv_bytes = 1 if narrow and narrow.value != "none" and plan.engine.needs_gpu else 2
+    ranks = plan.ranks if plan.engine.needs_gpu else 1
+    need = estimates.runtime(
+        plan.parameters, plan.precision, plan.engine, tokens=tokens, decoder=decoder, kv_bytes=kv_bytes, ranks=ranks
+    )
+    found = {"memory": need.memory, "gpu_memory": need.gpu_memory}
+    return {**{name: size for name, size in found.items() if size}, "tokens": tokens} if plan.parameters else {}
+
+
+def _running(data: Mapping[str, int]) -> str:
+    words = {"memory": "of memory", "gpu_memory": "of GPU memory"}
+    sizes = ", ".join(f"about {human_bytes(data[name])} {text}" for name, text in words.items() if name in data)
+    return f"{sizes}, with {data['tokens']:,} tokens in the cache" if data else "not known"
 
 
 @click.command("plugins")

@@ -228,8 +228,8 @@ def _obstacle(setup: Setup, precision: Precision, engine: Engine, target: str) -
         calibration = setup.registry.calibration_of(precision)
     except RequestError as error:
         return error.message, error.hint
-    lack = availability.lacking(calibration, precision, engine, target, setup.facts)
-    return (lack.message, lack.hint) if lack else ("", "")
+    lacking = availability.lacking(calibration, precision, engine, target, setup.facts)
+    return next(((lack.message, lack.hint) for lack in lacking.values()), ("", ""))
 
 
 def _check(name: str, verdict: str, found: str, hint: str = "") -> dict[str, Any]:

@@ -21,12 +21,16 @@ HEAD_SIZES = (32, 48, 64, 80, 96, 104, 112, 128, 144, 160, 192, 224, 256)
 
 @hookimpl
 def check_decoder(context: StageContext, decoder: Decoder) -> None:
-    """Refuse what TensorRT-LLM refuses, before the model is calibrated and converted."""
+    """Refuse what TensorRT-LLM refuses, and an environment that has it not, before the model is calibrated."""
+    from .environment import Environment
+
     if decoder.head_size not in HEAD_SIZES:
         raise RequestError(
             f"TensorRT-LLM has no attention kernel for heads of {decoder.head_size}",
             f"it has {', '.join(map(str, HEAD_SIZES))}: choose another engine",
         )
+    if context.options.get("runtime"):
+        Environment.of(context.options).require()  # now, and not after a calibration
     longest = int(context.options.get("max_seq_len") or decoder.max_positions)
     if longest > decoder.max_positions and not decoder.rope_scaling:
         raise RequestError(

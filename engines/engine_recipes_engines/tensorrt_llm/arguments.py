@@ -85,10 +85,10 @@ def _option(name: str, value: Any) -> Iterator[str]:
 def _words(name: str, value: Any) -> list[str]:
     """What an option says, word by word; paths in full, as the tool may stand in another folder."""
     kind = table().get(name, {}).get("kind", "")
-    if kind not in ("words", "paths"):
+    if kind not in ("words", "paths", "folders"):
         return [str(value)]
     words = [word.strip() for word in str(value or "").split(",") if word.strip()]
-    return [os.path.abspath(os.path.expanduser(word)) for word in words] if kind == "paths" else words
+    return [os.path.abspath(os.path.expanduser(word)) for word in words] if kind != "words" else words
 
 
 def _pictures(options: Mapping[str, Any]) -> list[Path]:

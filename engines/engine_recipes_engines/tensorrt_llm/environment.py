@@ -67,6 +67,8 @@ class Environment:
     def of(cls, options: Mapping[str, Any]) -> Environment:
         """From the options of stage 2. What is not among them is as in `options.toml`."""
         version = str(options.get("version") or "1.2.1")
+        if str(options.get("image") or "").startswith("-"):
+            raise RequestError(f"build.image = {options['image']!r} is no image", "name one, or leave it out")
         python = str(options.get("python") or "")
         return cls(
             runtime=str(options.get("runtime") or "local"),
@@ -104,9 +106,12 @@ class Environment:
         words += ["--interactive"] if interactive else []
         words += ["--ipc", "host", "--ulimit", "memlock=-1", "--ulimit", "stack=67108864"]
         if self.runtime == "podman":
-            words += ["--device", "nvidia.com/gpu=all", "--userns", "keep-id", "--security-opt", "label=disable"]
+            words += [word for gpu in gpus() or ["all"] for word in ("--device", f"nvidia.com/gpu={gpu}")]
+            words += ["--userns", "keep-id", "--security-opt", "label=disable"]
         else:
-            words += ["--gpus", "all", "--user", f"{os.getuid()}:{os.getgid()}"]
+            # docker reads this as CSV: what holds commas is quoted
+            words += ["--gpus", f'"device={",".join(gpus())}"' if gpus() else "all"]
+            words += ["--user", f"{os.getuid()}:{os.getgid()}"]
         cache = hub_cache()
         settings = {"HOME": "/tmp", "USER": "engine-recipes", "TRTLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1"}
         if cache.is_dir():
@@ -237,6 +242,11 @@ class Environment:
             guard.stdin.write(b"done")
 
 
+def gpus() -> list[str]:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves to programs, which a container does not inherit; empty: all of them."""
+    return [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+
+
 def hub_cache() -> Path:
     """Where Hugging Face keeps what it fetched."""
     home = os.environ.get("HF_HOME") or os.path.join(
@@ -281,6 +291,6 @@ def _same(one: str, other: str) -> bool:
     from packaging.version import InvalidVersion, Version
 
     try:
-        return Version(one).public == Version(other).public
+        return Version(Version(one).public) == Version(Version(other).public)
     except InvalidVersion:
         return one == other

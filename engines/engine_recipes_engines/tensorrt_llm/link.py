@@ -16,7 +16,7 @@ from io import BufferedReader
 from queue import Empty, SimpleQueue
 from typing import IO, Any, cast
 
-from engine_recipes import MachineError, StageFailed, events
+from engine_recipes import MachineError, RecipesError, StageFailed, events
 
 from .failures import explain
 
@@ -75,8 +75,9 @@ class Link:
             timeout: in seconds.
 
         Raises:
-            RecipesError: it cannot be loaded.
-            StageFailed: the server died or takes too long.
+            MachineError: it cannot be loaded, the server died or takes too long. It may be the engine's fault or not:
+                nobody can tell from here, and an engine must not be judged by it.
+            RequestError: what it was asked for cannot be.
         """
         started = time.monotonic()
         while (waited := time.monotonic() - started) < timeout:
@@ -91,10 +92,9 @@ class Link:
             if event["event"] == "died":
                 raise self._death()
             self._reader.join(_PRINTING)  # what it printed says more than its last error
-            raise self._failure(f"TensorRT-LLM cannot load {name}", event, [*self._last])
-        raise StageFailed(
-            f"{name} was not loaded within {timeout:g} s", "set build.load_timeout higher", "\n".join(self._last)
-        )
+            error = self._failure(f"TensorRT-LLM cannot load {name}", event, [*self._last])
+            raise MachineError(error.message, error.hint) if isinstance(error, StageFailed) else error
+        raise MachineError(f"{name} was not loaded within {timeout:g} s", "set build.load_timeout higher")
 
     def ask(self, request: Event) -> Iterator[Event]:
         """Yield the answers to one request, see `server.py`. To stop asking is to cancel it.
@@ -137,6 +137,8 @@ class Link:
             os.killpg(self._process.pid, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_GRACE)
+        if threading.current_thread() is not self._reader:  # which may be where the runtime is collected
+            self._reader.join(_PRINTING)  # so that its last words are told
         self._guard.__exit__(type(killed) if killed else None, killed, None)
 
     def _send(self, pipe: IO[bytes]) -> None:
@@ -174,11 +176,11 @@ class Link:
         self._last.append(text)
         events.log(text)
 
-    def _failure(self, what: str, event: Event, printed: list[str]) -> Exception:
+    def _failure(self, what: str, event: Event, printed: list[str]) -> RecipesError:
         lines = [*printed, *event["message"].splitlines()]
         first = next((line for line in event["message"].splitlines() if line.strip()), "no reason given")
         return explain(lines) or StageFailed(
-            f"{what}: {event['kind']}: {first}", "what it printed is in its output", "\n".join(self._last)
+            f"{what}: {event['kind']}: {first}", "-v shows what it printed", "\n".join(self._last)
         )
 
     def _death(self) -> Exception:
@@ -192,5 +194,5 @@ class Link:
             how, hint = "was killed", "the kernel kills so when memory runs out: free some, and load the engine again"
         else:
             how = f"ended with exit code {code}" if code is not None and code >= 0 else f"died ({code})"
-            hint = "what it printed is in its output; load the engine again"
-        return explain(printed) or StageFailed(f"the server of TensorRT-LLM {how}", hint, "\n".join(printed))
+            hint = "-v shows what it printed; load the engine again"
+        return explain(printed) or MachineError(f"the server of TensorRT-LLM {how}", hint)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine_recipes import RequestError, Sampling
+from engine_recipes import MachineError, RequestError, Sampling
 
 from ..stepping import check_ids
 from .environment import Environment
@@ -41,8 +41,7 @@ class TensorRTLLMRuntime:
 
     Raises:
         RequestError: this is no such engine, or an option is wrong.
-        MachineError: TensorRT-LLM is not there.
-        StageFailed: it cannot load the engine, died or took too long; `output` holds its last lines.
+        MachineError: TensorRT-LLM is not there, is of another version, cannot load the engine, died or took too long.
     """
 
     def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
@@ -64,6 +63,7 @@ class TensorRTLLMRuntime:
         environment = Environment.of(settings)
         if missing := environment.missing():
             raise missing
+        _require_versions(folder, environment)
         setup = json.dumps({"free_gpu_memory_fraction": fraction, "chunked_prefill": chunked})
         name = f"engine-recipes-run-{os.urandom(4).hex()}"
         argv = environment.wrap(
@@ -82,7 +82,8 @@ class TensorRTLLMRuntime:
 
         Raises:
             RequestError: the prompt is empty, too long, or has ids outside the vocabulary.
-            StageFailed: TensorRT-LLM failed or died.
+            StageFailed: TensorRT-LLM failed.
+            MachineError: it died.
         """
         self._check(prompt)
         return (token for (token,) in self._steps([prompt], sampling, stop))
@@ -127,7 +128,7 @@ class TensorRTLLMRuntime:
         None unless the engine was built with `gather_context_logits`.
 
         Raises:
-            RequestError, StageFailed: as for `generate`.
+            RequestError, StageFailed, MachineError: as for `generate`.
         """
         import numpy as np
 
@@ -164,12 +165,37 @@ def _read_config(folder: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     return model, build
 
 
+def _require_versions(folder: Path, environment: Environment) -> None:
+    """Refuse an engine that another release built, before that release's library does so in its own words.
+
+    Raises:
+        MachineError: TensorRT-LLM or TensorRT is of another version than where the engine was built.
+    """
+    built = _manifest(folder).get("result")
+    recorded = built.get("versions") if isinstance(built, dict) else None
+    if not isinstance(recorded, dict) or not recorded:
+        return
+    here = environment.versions()
+    for name, version in here.items():
+        if recorded.get(name, version) != version:
+            raise MachineError(
+                f"this engine was built with {name} {recorded[name]}, {environment.place} has {version}",
+                "build it again, or name an environment with that version: --set build.python=…",
+            )
+
+
 def _built_with(folder: Path) -> Mapping[str, Any]:
-    try:
-        options = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["options"]
-    except (OSError, ValueError, KeyError, TypeError):  # built elsewhere: the environment's defaults hold
-        return {}
+    options = _manifest(folder).get("options")  # built elsewhere: the environment's defaults hold
     return options if isinstance(options, dict) else {}
+
+
+def _manifest(folder: Path) -> Mapping[str, Any]:
+    """What the engine's `manifest.json` says; nothing if there is none."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def _positive(settings: Mapping[str, Any], name: str, most: float = float("inf")) -> float:

@@ -205,3 +205,24 @@ def test_a_container_that_ended_well_is_left_alone(runtime: str, tmp_path: Path)
     with pytest.raises(KeyError), Environment.of({"runtime": runtime}).guarded("the-name"):
         raise KeyError
     assert told(tmp_path) == ["kill the-name"]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "words"),
+    [
+        ("docker", ["--gpus", '"device=GPU-a,GPU-b"']),
+        ("podman", ["--device", "nvidia.com/gpu=GPU-a", "--device", "nvidia.com/gpu=GPU-b"]),
+    ],
+)
+def test_a_container_gets_the_gpus_that_programs_may_see(
+    runtime: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
+    command = Environment.of({"runtime": runtime}).wrap(["trtllm-build"])
+    at = command.index(words[0])
+    assert command[at : at + len(words)] == words
+
+
+def test_an_image_is_no_option_of_docker() -> None:
+    with pytest.raises(RequestError, match="is no image"):
+        Environment.of({"runtime": "docker", "image": "--privileged"})

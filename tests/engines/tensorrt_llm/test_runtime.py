@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine_recipes import MachineError, RecipesError, RequestError, StageFailed, events
+from engine_recipes import MachineError, RecipesError, RequestError, events
 from engine_recipes.types import Sampling
 from engine_recipes_engines.tensorrt_llm import link, server
 from engine_recipes_engines.tensorrt_llm.runtime import TensorRTLLMRuntime
@@ -238,10 +238,10 @@ def test_a_killed_server_is_an_error_at_once_and_nothing_is_left(
     next(steps)
     pids = servers(folder)
     os.kill(pids[0], signal.SIGKILL)
-    with pytest.raises(StageFailed, match="was killed") as caught:
+    with pytest.raises(MachineError, match="was killed") as caught:
         list(steps)
     assert "memory" in caught.value.hint
-    with pytest.raises(StageFailed, match="was killed"):
+    with pytest.raises(MachineError, match="was killed"):
         runtime.logits(PROMPT)
     runtime.close()
     assert gone(pids)
@@ -261,8 +261,8 @@ def test_an_error_in_the_middle_says_what_tensorrt_llm_says(load: Load, monkeypa
     [
         ({"STAND_IN": "other gpu"}, RecipesError, r"8\.9.*9\.0"),
         ({"STAND_IN": "no driver"}, RecipesError, "driver|libcuda"),
-        ({"STAND_IN": "dies"}, StageFailed, "died|exit code 134"),
-        ({"STAND_IN_VERSION": "1.3.0"}, StageFailed, r"1\.3\.0 runs no TensorRT engines"),
+        ({"STAND_IN": "dies"}, MachineError, "died|exit code 134"),
+        ({"STAND_IN_VERSION": "1.3.0"}, MachineError, r"1\.3\.0 runs no TensorRT engines"),
     ],
 )
 def test_an_engine_that_cannot_be_loaded_says_why(
@@ -296,9 +296,8 @@ def test_loading_that_hangs_ends_in_time_with_its_children(
         if event.get("text") == "child":
             seen.extend(servers(folder))
 
-    with events.sink(listen), pytest.raises(StageFailed, match="not loaded within 2 s") as caught:
+    with events.sink(listen), pytest.raises(MachineError, match="not loaded within 2 s"):
         load(load_timeout=2)
-    assert "child" in caught.value.output
     assert len(seen) >= 2 and gone(seen)
 
 
@@ -429,3 +428,19 @@ if sys.argv[1] == "run":
     assert (f"kill {name}" in calls) == (mode == "stuck")
     for part in ("--interactive", "some/image:1", f"source={folder}", f"source={Path(server.__file__).resolve()}"):
         assert part in call
+
+
+def test_an_engine_of_another_release_is_refused_before_its_library_is_asked(
+    load: Load, folder: Path, python: Path
+) -> None:
+    site = python.parent / "site" / "tensorrt-10.14.1.dist-info"
+    site.mkdir(parents=True)
+    (site / "METADATA").write_text("Metadata-Version: 2.1\nName: tensorrt\nVersion: 10.14.1\n")
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={API}:{site.parent} exec {sys.executable} "$@"\n')
+    (folder / "manifest.json").write_text(json.dumps({"result": {"versions": {"tensorrt": "10.10.0"}}}))
+    with pytest.raises(MachineError, match=r"was built with tensorrt 10\.10\.0, .* has 10\.14\.1"):
+        load()
+    (folder / "manifest.json").write_text(json.dumps({"result": {"versions": {"tensorrt": "10.14.1"}}}))
+    load()
+    (folder / "manifest.json").write_text(json.dumps({"result": [7]}))
+    load()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import tiny
-from engine_recipes import RequestError, StageFailed, api, testing
+from engine_recipes import MachineError, RequestError, StageFailed, api, testing
 from engine_recipes.facts import Facts, Gpu
 from engine_recipes.runner import Build, How
 
@@ -73,3 +73,25 @@ def test_what_cannot_be_combined_costs_no_stage(model: Path, workspace: Path) ->
         build("build.gem_plugin=auto")
     assert "build.gemm_plugin" in caught.value.hint
     assert not workspace.exists()
+
+
+def test_an_environment_that_has_it_not_costs_no_stage(model: Path, workspace: Path) -> None:
+    with pytest.raises(MachineError, match=r"has TensorRT-LLM 1\.2\.1, and 1\.1\.0 is asked for"):
+        build("build.version=1.1.0")
+    assert not (workspace / "checkpoints").exists() or not list((workspace / "checkpoints").glob("model-*"))
+
+
+def test_of_two_kinds_of_gpu_the_tool_sees_the_one_that_the_engine_is_for(
+    model: Path, python: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = python.parent / "seen"
+    build_tool = python.with_name("trtllm-build")
+    script = build_tool.read_text().replace("exec ", f'echo "$CUDA_VISIBLE_DEVICES" > {seen}\nexec ')
+    build_tool.write_text(script)
+    facts = api.Setup.facts.fget  # type: ignore[attr-defined]
+    other = Gpu("NVIDIA H100", "9.0", 80 << 30, "580.95.05", 0, "GPU-hopper")
+    ours = replace(GPU, uuid="GPU-ada")
+    monkeypatch.setattr(api.Setup, "facts", property(lambda setup: replace(facts(setup), gpus=(other, ours))))
+    built = api.build("./model:fp16@tensorrt-llm", target="sm89", how=How(until="stage2"))
+    assert built.error is None
+    assert seen.read_text() == "GPU-ada\n"
