@@ -60,13 +60,14 @@ def measure(host: Host, providers: Sequence[Provider], context: StageContext, cl
     Raises:
         MachineError: this machine cannot run it, which is not the engine's fault.
     """
-    findings = _artifact(context, claims)
+    findings, why, options = _artifact(context, claims), claims["cannot_run"], claims["engine_options"]
+    if why:
+        findings += _not_run(why)
     try:
-        if claims["cannot_run"]:
-            findings += _not_run(claims["cannot_run"])
-            runtime = _simulated(host, providers[-1], context, claims["cannot_run"])
+        if why:
+            runtime = _simulated(host, providers[-1], context, why)
         else:
-            runtime = host.load_engine(providers[-1], context.inputs[0].path, claims["engine_options"])
+            runtime = host.load_engine(providers[-1], context.inputs[0].path, options)
     except MachineError:
         raise
     except Exception as error:  # an engine's own code, on files that may be damaged
