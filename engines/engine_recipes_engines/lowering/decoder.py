@@ -85,11 +85,14 @@ def check_model(engine: str, decoder: Decoder, max_seq_len: int) -> None:
         )
 
 
-def half_precision(dtype: str, target: str) -> str:
-    """The dtype that a GPU computes in: the checkpoint's. Raises RequestError if that is float32."""
+def half_precision(dtype: str, target: str, otherwise: str = "") -> str:
+    """The dtype that a GPU computes in: the checkpoint's. Raises RequestError if that is float32.
+
+    `otherwise`: what else can be done, for the hint.
+    """
     if dtype not in ("float16", "bfloat16"):
         raise RequestError(
             f"target {target} computes in half precision, the checkpoint is {dtype}",
-            "build it with a float16 or bfloat16 checkpoint, or with --target cpu",
+            f"build it with a float16 or bfloat16 checkpoint{otherwise}",
         )
     return dtype

@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
 
     Array = np.ndarray[Any, np.dtype[Any]]
+
+AnyGraph = TypeVar("AnyGraph", bound="Graph")
 
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
@@ -41,13 +43,14 @@ class Graph:
         self._folder = folder
         self._opset = opset
         self._written = written
-        self._data = (folder / DATA).open("xb", buffering=0)
+        self._path = folder / DATA
+        self._data = self._path.open("xb", buffering=0)
         self._nodes: list[Any] = []
         self._initializers: dict[str, Any] = {}
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
 
-    def __enter__(self) -> Graph:
+    def __enter__(self: AnyGraph) -> AnyGraph:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -124,7 +127,11 @@ class Graph:
         # uint8, because a buffer of bfloat16 is nothing that memoryview knows
         view = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
         while len(view):  # an unbuffered write may be short, at 2 GiB for instance
-            view = view[self._data.write(view[: 64 << 20]) :]
+            try:
+                view = view[self._data.write(view[: 64 << 20]) :]
+            except OSError as error:  # which does not say what it was that could not be written
+                error.filename = str(self._path)
+                raise
             self._written(self._data.tell())
 
     def save(self, notes: Mapping[str, str] | None = None) -> None:

@@ -96,8 +96,12 @@ class CommonOps:
 
     def vector(self, name: str) -> str:
         """A norm weight or a bias, in the compute dtype."""
-        return self.graph.constant(name, self.weights.array(name).astype(numpy_dtype(self.compute)))
+        return self.graph.constant(name, self.computed(self.weights.array(name)))
 
     def _small(self, name: str, array: Array) -> str:
         """A table, in the compute dtype."""
-        return self.graph.weight(name, self.compute, array.shape, [array.astype(numpy_dtype(self.compute))])
+        return self.graph.weight(name, self.compute, array.shape, [self.computed(array)])
+
+    def computed(self, array: Array) -> Array:
+        """A constant as it takes part in the computation: in the compute dtype."""
+        return array.astype(numpy_dtype(self.compute))

@@ -5,22 +5,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from engine_recipes import Check, Tokenizer, Verdict
+from engine_recipes import Check
 
+from ..checks import judge_numbers, judge_vocabulary
 from .runtime import OnnxRuntime
-
-#: Tokens of the sample: some more than a few steps, few enough for a second of work on a small model.
-SAMPLE = 32
-#: Largest difference between prefill and steps (root mean square over all logits, in their standard deviations), by
-#: the type that is computed with. The two multiply the same numbers in another order, so they differ by rounding:
-#: some 1e-6 in float32, grown by the number of layers. Measured on SmolLM2 (30 layers): 3e-6 in float32; a cache
-#: that is wrong in every layer gives 1.4 to 5, one that is wrong in one layer 0.35 to 0.6.
-CACHE_LIMITS = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}
-#: The same where activations or the cache are rounded to few bits. A difference of 1e-7 beside a boundary becomes a
-#: step of the grid, and that moves values in every later layer over theirs: two correct programs differ by about
-#: as much as any two roundings. Measured on SmolLM2: 0.13 with FP8 layers (0.10 between float32 and float64 in
-#: PyTorch), 0.24 with an FP8 cache as well, 0.008 with an INT8 cache alone.
-ROUNDING_LIMITS = {"float8_e4m3fn": 0.6, "int8": 0.2}
 
 
 def judge(folder: Path) -> list[Check]:
@@ -29,34 +17,8 @@ def judge(folder: Path) -> list[Check]:
     runtime = OnnxRuntime(folder, {})
     try:
         took = time.perf_counter() - start
-        checks = [Check("engine loads", "pass", value=round(took, 3), note="seconds")]
-        return [*checks, *_numbers(runtime), _vocabulary(runtime, folder)]
+        loads = Check("engine loads", "pass", value=round(took, 3), note="seconds")
+        numbers = judge_numbers(runtime, runtime.compute, runtime.rounding)
+        return [loads, *numbers, judge_vocabulary(runtime, folder)]
     finally:
         runtime.close()
-
-
-def _numbers(runtime: OnnxRuntime) -> list[Check]:
-    import numpy as np
-
-    count = min(SAMPLE, runtime.max_seq_len)
-    ids = np.random.default_rng(0).integers(runtime.vocab_size, size=count).tolist()
-    at_once = runtime.logits(ids)  # [count, vocabulary]
-    broken = int(np.size(at_once) - np.isfinite(at_once).sum())
-    finite = Check("logits are finite", "fail" if broken else "pass", value=broken, limit=0, note="NaN or infinite")
-    if broken:
-        return [finite]
-    difference = float(np.sqrt(np.mean((runtime.stepwise_logits(ids) - at_once) ** 2)) / at_once.std())
-    limit = max(CACHE_LIMITS[runtime.compute], *(ROUNDING_LIMITS[dtype] for dtype in runtime.rounding), 0)
-    verdict: Verdict = "pass" if difference <= limit else "fail"
-    note = "one token at a time against all at once: root mean square, in standard deviations of the logits"
-    return [finite, Check("cache agrees with prefill", verdict, value=difference, limit=limit, note=note)]
-
-
-def _vocabulary(runtime: OnnxRuntime, folder: Path) -> Check:
-    name = "tokenizer fits the engine"
-    if not (folder / "tokenizer.json").is_file():
-        return Check(name, "warn", note="there is no tokenizer.json beside the engine")
-    size, limit = Tokenizer.load(folder).size, runtime.vocab_size
-    # vocabularies are padded to round numbers, never by a tenth
-    verdict: Verdict = "fail" if size > limit else "warn" if size < 0.9 * limit else "pass"
-    return Check(name, verdict, value=size, limit=limit, note="ids the tokenizer knows, rows the engine has")

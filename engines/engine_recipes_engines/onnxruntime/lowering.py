@@ -9,6 +9,7 @@ from engine_recipes.checkpoint import Checkpoint
 
 from ..lowering.decoder import check_model as check_decoder, decode, half_precision
 from ..lowering.graph import ROUNDING, Graph, itemsize
+from ..lowering.shapes import check_shapes
 from ..lowering.weights import HEAD, is_tied
 from .contrib import ContribOps
 from .quantized import check_algorithms, stored_bytes
@@ -31,6 +32,7 @@ def lower(weights: Checkpoint, folder: Path, target: str = "cpu", max_seq_len: i
         MachineError: the disk is too small.
     """
     check_algorithms(weights, target)
+    check_shapes(weights)
     positions = check_model(weights.decoder, max_seq_len)
     compute = compute_dtype(weights, target)
     tied = is_tied(weights)
@@ -45,7 +47,7 @@ def lower(weights: Checkpoint, folder: Path, target: str = "cpu", max_seq_len: i
 
 def compute_dtype(weights: Checkpoint, target: str) -> str:
     """float32 on a CPU; on a GPU the checkpoint's dtype, as CUDA's GroupQueryAttention has no float32."""
-    return "float32" if target == "cpu" else half_precision(weights.dtype, target)
+    return "float32" if target == "cpu" else half_precision(weights.dtype, target, ", or with --target cpu")
 
 
 def check_model(decoder: Decoder, max_seq_len: int) -> int:

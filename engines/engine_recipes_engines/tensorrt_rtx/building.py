@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from dataclasses import replace
 from typing import Any
 
 from engine_recipes import StageContext, checkpoint, events, require_room
@@ -11,11 +11,13 @@ from engine_recipes.checkpoint import Checkpoint
 
 from ..lowering.decoder import half_precision
 from ..lowering.quantization import cache_dtype
+from ..lowering.shapes import check_shapes
 from ..lowering.weights import is_tied
 from .compiling import ENGINE, check_targets, compile_model
-from .inspection import SETTINGS, constants, read_settings
+from .inspection import constants
 from .lowering import CHUNK, check_model, lower, weight_bytes
 from .quantized import check_algorithms
+from .settings import Settings, read_settings
 
 #: What a compilation writes beside the weights, at most: kernels, and the program that calls them.
 _PROGRAM = 100_000_000
@@ -33,49 +35,52 @@ def build(context: StageContext) -> dict[str, Any]:
     with checkpoint.open_checkpoint(context.input("trtllm-checkpoint").path) as weights:
         settings = _settings(context, weights, targets)
         work, engine = context.out / "onnx", context.out / ENGINE
-        need = 2 * sum(settings["weights"].values()) + _PROGRAM  # both hold all weights
+        need = 2 * sum(settings.weights.values()) + _PROGRAM  # both hold all weights
         require_room("the engine and the ONNX model that it is compiled from", need, context.out)
         work.mkdir()
-        lower(weights, work, settings["compute"], settings["max_seq_len"])
-    if settings["cache_rounding"]:
+        lower(weights, work, settings.compute, settings.max_seq_len)
+    if settings.cache_rounding:
         events.warn("TensorRT-RTX keeps keys and values in 16 bits: they are rounded as asked, and take no less memory")
-    most = {"B": settings["max_batch_size"], "S": settings["chunk"], "L": settings["chunk"]}
-    settings |= compile_model(work, engine, targets, most)
+    made = compile_model(work, engine, targets, settings.most, settings.layers)
     shutil.rmtree(work)
-    settings["constants"] = constants(engine)
-    (context.out / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    return {"versions": {"tensorrt-rtx-cu13": settings["library"]}}
+    replace(settings, **made, constants=constants(engine)).write(context.out)
+    return {"versions": {"tensorrt-rtx-cu13": settings.library}}
 
 
 def lower_again(context: StageContext) -> None:
-    """Write the graph that the engine was compiled from, computing in float32, and its `rtx.json`, into `context.out`.
+    """Write the graph that the engine was compiled from, and its `rtx.json`, into `context.out`.
 
-    float32, because onnxruntime's CPU kernels know no bfloat16; what is rounded to 8 or 4 bits is rounded alike.
+    It computes in float32, because onnxruntime's CPU kernels know no bfloat16, and rounds what it computes to the
+    engine's 16 bits: what is too large for them is as infinite as in the engine. What is rounded to 8 or 4 bits is
+    rounded alike.
     """
     settings = read_settings(context.inputs[0].path)
     with checkpoint.open_checkpoint(context.input("trtllm-checkpoint").path) as weights:
-        require_room("the simulated engine", sum(settings["weights"].values()), context.out)
-        lower(weights, context.out, "float32", settings["max_seq_len"])
-    (context.out / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
+        check_algorithms(weights)
+        require_room("the simulated engine", sum(settings.weights.values()), context.out)
+        lower(weights, context.out, "float32", settings.max_seq_len, rounded=settings.compute)
+    settings.write(context.out)
 
 
-def _settings(context: StageContext, weights: Checkpoint, targets: list[str]) -> dict[str, Any]:
+def _settings(context: StageContext, weights: Checkpoint, targets: list[str]) -> Settings:
     import tensorrt_rtx as trt
 
     check_algorithms(weights)
+    check_shapes(weights)
     decoder = weights.decoder
+    batch = int(context.options.get("max_batch_size", 1))
     length = check_model(decoder, int(context.options.get("max_seq_len", 0)))
-    return {
-        "max_batch_size": int(context.options.get("max_batch_size", 1)),
-        "max_seq_len": length,
-        "chunk": min(CHUNK, length),
-        "vocab_size": decoder.vocab_size,
-        "layers": decoder.layers,
-        "kv_heads": decoder.kv_heads,
-        "head_size": decoder.head_size,
-        "compute": half_precision(weights.dtype, context.target),
-        "cache_rounding": cache_dtype(weights),
-        "targets": targets,
-        "library": trt.__version__,
-        "weights": weight_bytes(weights, is_tied(weights)),
-    }
+    return Settings(
+        max_batch_size=batch,
+        max_seq_len=length,
+        chunk=min(max(1, CHUNK // batch), length),
+        vocab_size=decoder.vocab_size,
+        layers=decoder.layers,
+        kv_heads=decoder.kv_heads,
+        head_size=decoder.head_size,
+        compute=half_precision(weights.dtype, context.target),
+        cache_rounding=cache_dtype(weights),
+        targets=targets,
+        library=trt.__version__,
+        weights=weight_bytes(weights, is_tied(weights)),
+    )

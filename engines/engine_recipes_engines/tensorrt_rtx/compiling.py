@@ -5,6 +5,7 @@ API: https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/_static/python-api
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import threading
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,10 @@ from typing import Any
 from engine_recipes import RequestError, StageFailed, events
 
 from ..lowering.graph import DATA, MODEL
+from .logging import NOISE, logger, words
+from .network import feed_from_cache, inputs_and_outputs, profile
 
 ENGINE = "model.engine"
-#: Names of ONNX nodes, see operators.py: what attention is to be fed with.
-_QUERY, _KEY = "transformer.layers.{}.attention.scaled", "present.{}.key"
 _FORGET_SECONDS = 0.05
 _DEPTH = 4
 
@@ -43,8 +44,8 @@ def check_targets(target: str) -> list[str]:
 
 
 def compile_model(
-    folder: Path, engine: Path, targets: Sequence[str], most: Mapping[str, int]
-) -> dict[str, list[dict[str, Any]]]:
+    folder: Path, engine: Path, targets: Sequence[str], most: Mapping[str, int], layers: int
+) -> dict[str, Any]:
     """Compile `model.onnx` in `folder` and write the engine, without holding it whole in Python.
 
     Args:
@@ -52,9 +53,10 @@ def compile_model(
         engine: the file to write.
         targets: as `check_targets` returned them.
         most: of each dynamic dimension, by its name in the model.
+        layers: of the model.
 
     Returns:
-        `inputs` and `outputs` of the network, each with name, dtype and shape (-1 where it is dynamic).
+        Fields of `Settings`: `inputs` and `outputs` of the network, `bytes` and `sha256` of the engine.
 
     Raises:
         StageFailed: the library refused; its own words are in the message.
@@ -62,15 +64,15 @@ def compile_model(
     """
     import tensorrt_rtx as trt
 
-    log = _logger(trt)
+    log = logger(trt, NOISE)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     with _Weights(folder) as weights:
         parser = trt.OnnxParser(network, log)
         if not weights.give(parser):
             raise _refused("read", _complaints(parser) or log.errors)
-        _connect(trt, parser, network)
-        config = _settings(trt, builder, network, targets, most)
+        feed_from_cache(trt, network, layers)
+        config = _config(trt, builder, network, targets, most)
         config.progress_monitor = monitor = _monitor(trt)
         writer = _writer(trt, engine, weights.size)
         try:
@@ -82,52 +84,18 @@ def compile_model(
             raise writer.failure
         if not done:
             raise _refused("compile", log.errors)
-        return _inputs_and_outputs(network)
+        digest = {"bytes": writer.size, "sha256": writer.sha256.hexdigest()}
+        return {**inputs_and_outputs(network), **digest}
 
 
-def _connect(trt: Any, parser: Any, network: Any) -> None:
-    """Feed attention with the cache itself.
-
-    The parser multiplies keys and queries by √scale, even by 1: then the engine copies all keys for every token. (What
-    scales queries is a node of our own.)
-    """
-    number = 0
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        if layer.type == trt.LayerType.ATTENTION_INPUT:
-            layer.__class__ = trt.IAttentionInputLayer  # how the bindings cast
-            attention = layer.attention
-            attention.set_input(0, parser.get_layer_output_tensor(_QUERY.format(number), 0))
-            attention.set_input(1, parser.get_layer_output_tensor(_KEY.format(number), 0))
-            attention.decomposable = True  # where there is no kernel for all of it
-            number += 1
-
-
-def _settings(trt: Any, builder: Any, network: Any, targets: Sequence[str], most: Mapping[str, int]) -> Any:
+def _config(trt: Any, builder: Any, network: Any, targets: Sequence[str], most: Mapping[str, int]) -> Any:
     config = builder.create_builder_config()
     config.num_compute_capabilities = len(targets)
     for index, target in enumerate(targets):
         config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index)
-    profile = builder.create_optimization_profile()
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        shape = tuple(tensor.shape)
-        if -1 in shape:
-            least = tuple(1 if size < 0 else size for size in shape)
-            largest = tuple(
-                most[tensor.get_dimension_name(axis)] if size < 0 else size for axis, size in enumerate(shape)
-            )
-            profile.set_shape(tensor.name, least, least, largest)  # most steps are of one token
-    config.add_optimization_profile(profile)
+    # One for all steps: the library writes the weights once for each profile.
+    config.add_optimization_profile(profile(builder, network, most))
     return config
-
-
-def _inputs_and_outputs(network: Any) -> dict[str, list[dict[str, Any]]]:
-    def describe(tensor: Any) -> dict[str, Any]:
-        return {"name": tensor.name, "dtype": tensor.dtype.name, "shape": list(tensor.shape)}
-
-    inputs = [describe(network.get_input(i)) for i in range(network.num_inputs)]
-    return {"inputs": inputs, "outputs": [describe(network.get_output(i)) for i in range(network.num_outputs)]}
 
 
 def _complaints(parser: Any) -> list[str]:
@@ -136,12 +104,14 @@ def _complaints(parser: Any) -> list[str]:
 
 
 def _refused(what: str, lines: Sequence[str]) -> StageFailed:
-    reason = " ".join(lines[0].split()) if lines else "it does not say why"
-    return StageFailed(
-        f"TensorRT-RTX could not {what} the model: {reason}",
-        "try a smaller --set build.max_seq_len, another version of tensorrt-rtx-cu13, or another engine",
-        "\n".join(lines),
-    )
+    reason = words(lines)
+    if what == "read":
+        hint = "the checkpoint may be damaged: build or copy it again"
+    elif "HW-specific datatypes" in reason:
+        hint = "a target does not know a type of this precision: choose another precision, or another --target"
+    else:
+        hint = "try a smaller --set build.max_seq_len, another version of tensorrt-rtx-cu13, or another engine"
+    return StageFailed(f"TensorRT-RTX could not {what} the model: {reason}", hint, "\n".join(lines))
 
 
 class _Weights:
@@ -185,23 +155,6 @@ class _Weights:
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
-def _logger(trt: Any) -> Any:
-    """Passes warnings on and remembers errors. They are no failure yet: without a driver one is logged each time."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, text: str) -> None:
-            if severity <= trt.ILogger.ERROR and "CUDA driver" not in text:
-                self.errors.append(text)
-            if severity <= trt.ILogger.WARNING:
-                events.log(f"TensorRT-RTX: {text}")
-
-    return Log()
-
-
 def _monitor(trt: Any) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         """Reports the outer phases; inner ones come by the thousand."""
@@ -233,6 +186,7 @@ def _writer(trt: Any, engine: Path, expected: int) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.failure: OSError | None = None
+            self.size, self.sha256 = 0, hashlib.sha256()
             self.file = engine.open("xb", buffering=0)
 
         def write(self, data: Any) -> int:
@@ -244,7 +198,9 @@ def _writer(trt: Any, engine: Path, expected: int) -> Any:
                 error.filename = str(engine)
                 self.failure = error
                 return 0
-            events.progress("writing the engine", self.file.tell(), max(expected, self.file.tell()), "B")
+            self.sha256.update(data)
+            self.size += len(data)
+            events.progress("writing the engine", self.size, max(expected, self.size), "B")
             return len(data)
 
     return Writer()

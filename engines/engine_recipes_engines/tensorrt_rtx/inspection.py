@@ -7,18 +7,16 @@ documented format; where it is not found, nothing is claimed.
 
 from __future__ import annotations
 
-import json
+import hashlib
 import mmap
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from engine_recipes import Check, StageFailed, Verdict
 
 from .compiling import ENGINE
+from .settings import Settings, read_settings
 
-SETTINGS = "rtx.json"
 _MARK = b"const_payload_size="
 _ENTRY = re.compile(rb"const_payload_size=(\d+) [^\n]*? (offset=\d+ [^\n]*?region=\S+) [^\n]*?type=(\w+) \}")
 #: What plans call dtypes.
@@ -26,21 +24,10 @@ _TYPES = {"half": "float16", "bf16": "bfloat16", "float": "float32", "fp8_e4m3":
 #: Kernels, and the program that calls them: measured 0.4 MB a layer in 16 bits, 0.9 MB in FP8, for all targets.
 _PROGRAM, _PROGRAM_LAYER = 4e6, 1.2e6
 _MOST_GROWTH = 1.05
+#: The engine holds each quantised weight once, give or take this share.
+_SHARE = 0.01
+_PIECE = 8 << 20  # bytes of an engine read at a time
 _NARROW = ("float8_e4m3fn", "int4")
-_LIMITS = {"max_batch_size", "max_seq_len", "chunk", "vocab_size", "layers", "kv_heads", "head_size"}
-_KEYS = {*_LIMITS, "compute", "cache_rounding", "targets", "library", "weights", "inputs", "outputs"}
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """What stage 2 noted beside the engine. Raises StageFailed if it is damaged."""
-    try:
-        found: dict[str, Any] = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        missing = _KEYS - found.keys()
-        if missing:
-            raise ValueError(f"it has no {min(missing)}")
-        return found
-    except (OSError, ValueError, AttributeError) as error:
-        raise StageFailed(f"{folder / SETTINGS} is damaged: {error}", "build the engine again") from error
 
 
 def constants(engine: Path) -> dict[str, int]:
@@ -60,46 +47,65 @@ def constants(engine: Path) -> dict[str, int]:
     return found
 
 
-def judge(folder: Path) -> list[Check]:
+def inspect(folder: Path) -> list[Check]:
     """All that can be said about an engine folder without running it."""
-    settings = read_settings(folder)
-    if not (folder / ENGINE).is_file() or not (folder / ENGINE).stat().st_size:
+    settings, engine = read_settings(folder), folder / ENGINE
+    if not engine.is_file() or not engine.stat().st_size:
         raise StageFailed(f"{folder} holds no {ENGINE}, or an empty one", "build the engine again")
-    return [_precisions(folder, settings), _inputs_and_outputs(settings), _size(folder, settings)]
+    return [
+        _identity(engine, settings),
+        _precisions(engine, settings),
+        _inputs_and_outputs(settings),
+        _size(engine, settings),
+    ]
 
 
-def _precisions(folder: Path, settings: Mapping[str, Any]) -> Check:
-    name, expected = "layer precisions", settings["weights"]
-    found = constants(folder / ENGINE)
+def _identity(engine: Path, settings: Settings) -> Check:
+    name, size = "engine is the one that was compiled", engine.stat().st_size
+    if size != settings.bytes:
+        return Check(name, "fail", value=size, limit=settings.bytes, note="bytes")
+    digest = hashlib.sha256()
+    with engine.open("rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    same = digest.hexdigest() == settings.sha256
+    return Check(name, "pass" if same else "fail", value=size, limit=settings.bytes, note="bytes, and their sha256")
+
+
+def _precisions(engine: Path, settings: Settings) -> Check:
+    name, expected, found = "layer precisions", settings.weights, constants(engine)
+    said = ", ".join(f"{dtype} {size:,} B" for dtype, size in sorted(found.items()))
+    if settings.constants and found != settings.constants:
+        return Check(name, "fail", note=f"not what was noted when it was compiled: {said or 'nothing'}")
     if not found:
         return Check(name, "not run", note="this version of the library does not tell")
-    said = ", ".join(f"{dtype} {size:,} B" for dtype, size in sorted(found.items()))
     narrow = sum(expected.get(dtype, 0) for dtype in _NARROW)
     if not narrow:
         verdict: Verdict = "fail" if any(dtype in found for dtype in _NARROW) else "pass"
         return Check(name, verdict, note=f"weights in the engine: {said}")
     value = sum(found.get(dtype, 0) for dtype in _NARROW) / narrow
     note = f"share of the quantised weights that the engine holds so; {said}"
-    return Check(name, "pass" if value > 0.99 else "fail", value=value, limit=0.99, note=note)
+    return Check(name, "pass" if abs(value - 1) <= _SHARE else "fail", value=value, limit=1, note=note)
 
 
-def _inputs_and_outputs(settings: Mapping[str, Any]) -> Check:
+def _inputs_and_outputs(settings: Settings) -> Check:
     """Shapes and dtypes of what the runtime will feed, as the library's network had them."""
-    length, dtype = settings["max_seq_len"], {"float16": "HALF", "bfloat16": "BF16"}[settings["compute"]]
-    pair = [-1, settings["kv_heads"], length, settings["head_size"]]
-    names = [f"{layer}.{what}" for layer in range(settings["layers"]) for what in ("key", "value")]
+    s, dtype = settings, {"float16": "HALF", "bfloat16": "BF16"}[settings.compute]
+    pair = [-1, s.kv_heads, s.max_seq_len, s.head_size]
+    names = [f"{layer}.{what}" for layer in range(s.layers) for what in ("key", "value")]
     expected = {f"{side}.{name}": (dtype, pair) for name in names for side in ("past_key_values", "present")}
     expected |= {name: ("INT64", [-1, -1]) for name in ("input_ids", "position_ids")}
     expected |= {name: ("INT64", [-1]) for name in ("write_indices", "kv_lengths", "logit_indices")}
-    expected["logits"] = ("FLOAT", [-1, -1, settings["vocab_size"]])
-    seen = {one["name"]: (one["dtype"], one["shape"]) for one in (*settings["inputs"], *settings["outputs"])}
+    expected["logits"] = ("FLOAT", [-1, -1, s.vocab_size])
+    seen = {one.name: (one.dtype, one.shape) for one in (*s.inputs, *s.outputs)}
     wrong = sorted(name for name in expected.keys() | seen.keys() if expected.get(name) != seen.get(name))
     note = f"{wrong[0]} is {seen.get(wrong[0])}, not {expected.get(wrong[0])}" if wrong else "names, dtypes and shapes"
+    note += ", as noted when it was compiled"
     return Check("inputs and outputs", "fail" if wrong else "pass", value=len(wrong), limit=0, note=note)
 
 
-def _size(folder: Path, settings: Mapping[str, Any]) -> Check:
-    size, weights = (folder / ENGINE).stat().st_size, sum(settings["weights"].values())
-    limit = _MOST_GROWTH * weights + _PROGRAM + _PROGRAM_LAYER * settings["layers"]
+def _size(engine: Path, settings: Settings) -> Check:
+    size, weights = engine.stat().st_size, sum(settings.weights.values())
+    limit = _MOST_GROWTH * weights + _PROGRAM + _PROGRAM_LAYER * settings.layers
     note = f"bytes; the weights are {weights:,}"
     return Check("engine size", "pass" if size <= limit else "warn", value=size, limit=limit, note=note)

@@ -8,19 +8,21 @@ from engine_recipes import Decoder, events
 from engine_recipes.checkpoint import Checkpoint
 
 from ..lowering.decoder import check_model as check_decoder, decode
-from ..lowering.graph import Graph, stored_bytes
+from ..lowering.graph import stored_bytes
 from ..lowering.weights import HEAD, is_tied
 from .operators import StandardOps
+from .rounding import RoundedGraph
 
 OPSET = 24
 #: The cache is of a fixed length, and its memory is taken when the engine is loaded: at most so many tokens unless
 #: the user asks for more.
 LONGEST = 4096
-#: New tokens a step takes at most. Logits are float32 [B, L, vocab_size], 300 MB for 512 tokens of 150,000 words.
+#: New tokens a step takes at most, of all sequences. Logits are float32 [B, L, vocab_size], 300 MB for 512 tokens of
+#: 150,000 words.
 CHUNK = 512
 
 
-def lower(weights: Checkpoint, folder: Path, compute: str, max_seq_len: int) -> None:
+def lower(weights: Checkpoint, folder: Path, compute: str, max_seq_len: int, rounded: str | None = None) -> None:
     """Write `model.onnx` and `model.onnx.data` into `folder`.
 
     Args:
@@ -28,10 +30,12 @@ def lower(weights: Checkpoint, folder: Path, compute: str, max_seq_len: int) -> 
         folder: has neither file yet.
         compute: `float16` or `bfloat16`; `float32` for a CPU to compute the same.
         max_seq_len: length of the cache, in tokens.
+        rounded: with `float32`, what every value is rounded to after it was computed, so that the CPU computes what
+            an engine of this dtype does: `float16` or `bfloat16`.
     """
     tied = is_tied(weights)
     total = sum(weight_bytes(weights, tied).values())
-    with Graph(folder, lambda done: events.progress("lowering", done, total, "B"), OPSET) as graph:
+    with RoundedGraph(folder, lambda done: events.progress("lowering", done, total, "B"), OPSET, rounded) as graph:
         decode(StandardOps(graph, weights, compute, max_seq_len, tied))
         graph.save()
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from engine_recipes.checkpoint import Checkpoint
 
-from ..lowering.graph import Graph, numpy_dtype, onnx_dtype
+from ..lowering.graph import numpy_dtype, onnx_dtype
 from ..lowering.operators import CommonOps
 from ..lowering.rope import tables
 from .quantized import QuantizedOps
+from .rounding import RoundedGraph
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,15 +32,16 @@ class StandardOps(CommonOps):
     which of the S get logits.
 
     Args:
-        graph: of opset 24; where nodes and weights go.
+        graph: of opset 24; where nodes and weights go. If it rounds, constants are rounded alike.
         weights: a TensorRT-LLM checkpoint that `check_algorithms` accepted.
         compute: `float32`, `float16` or `bfloat16`: of every value between the embedding and the logits.
         positions: MAX, and rows of the rope tables.
         tied: the head is the embedding table.
     """
 
-    def __init__(self, graph: Graph, weights: Checkpoint, compute: str, positions: int, tied: bool) -> None:
+    def __init__(self, graph: RoundedGraph, weights: Checkpoint, compute: str, positions: int, tied: bool) -> None:
         super().__init__(graph, weights, compute, tied)
+        self.rounded = graph.rounded
         self.positions = positions
         self.quantized = QuantizedOps(self)
         self.ids = graph.input("input_ids", "int64", ["B", "S"])
@@ -107,7 +109,7 @@ class StandardOps(CommonOps):
         q, k = (g.node("RotaryEmbedding", [x, self.cos, self.sin, self.position_ids], f"{x}.rope") for x in (q, k))
         # Scaled here, because TensorRT's parser would scale keys as well, all of the cache for each token.
         factor = np.array(d.head_size**-0.5, np.float32)
-        q = g.node("Mul", [q, self._constant("attention.scale", factor)], f"{name}.scaled")
+        q = g.node("Mul", [q, g.constant("attention.scale", self.computed(factor))], f"{name}.scaled")
         k, v = self.cached(layer, "key", k), self.cached(layer, "value", v)
         g.node("Attention", [q, k, v, self.mask], f"{name}.by_head", scale=1.0)  # [B, heads, S, head_size]
         turned = g.node("Transpose", [f"{name}.by_head"], f"{name}.turned", perm=[0, 2, 1, 3])
@@ -143,5 +145,6 @@ class StandardOps(CommonOps):
             return self.product(x, self.head(), "logits")
         return g.node("Cast", [self.product(x, self.head(), "head.output")], "logits", to=onnx_dtype("float32"))
 
-    def _constant(self, name: str, array: Array) -> str:
-        return self.graph.constant(name, array.astype(numpy_dtype(self.compute)))
+    def computed(self, array: Array) -> Array:
+        """A constant in the compute dtype, rounded as the graph rounds."""
+        return super().computed(array if self.rounded is None else array.astype(numpy_dtype(self.rounded)))

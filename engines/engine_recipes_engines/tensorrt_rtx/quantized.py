@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine_recipes.checkpoint import Checkpoint
 
-from ..lowering.graph import numpy_dtype, onnx_dtype
+from ..lowering.graph import onnx_dtype
 from ..lowering.quantization import E4M3, cache_dtype, cache_scale, check_known, scale_of
 from ..lowering.weights import pieces, repack
 
@@ -99,9 +99,8 @@ class QuantizedOps:
         return self._inputs[key]
 
     def _table(self, name: str, shape: tuple[int, int]) -> str:
-        dtype = self._ops.compute
         parts: Iterable[Array] = pieces(self._weights, name, shape[0])
-        return self._graph.weight(name, dtype, shape, (part.astype(numpy_dtype(dtype)) for part in parts))
+        return self._graph.weight(name, self._ops.compute, shape, (self._ops.computed(part) for part in parts))
 
 
 def check_algorithms(weights: Checkpoint) -> None:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine_recipes import RequestError, Sampling, StageFailed
+from engine_recipes import RequestError, Sampling
 
 from ..lowering.graph import MODEL
-from ..stepping import CHUNK, Run, Stepper
+from ..stepping import Run, Stepper
 from .compiling import ENGINE
 from .session import GraphSession, RtxSession, Session
+from .settings import read_settings
 
 if TYPE_CHECKING:
     from ..stepping import Floats, Integers
-
-SETTINGS = "rtx.json"
-_NAMES = ("max_batch_size", "max_seq_len", "vocab_size", "chunk")
 
 
 class RtxRuntime(Stepper):
@@ -37,10 +34,11 @@ class RtxRuntime(Stepper):
     """
 
     def __init__(self, folder: Path, options: Mapping[str, Any], session: Session | None = None) -> None:
-        settings = _settings(folder)
-        self.max_batch_size = settings["max_batch_size"]
-        self._chunk = settings["chunk"]
-        super().__init__(session or RtxSession(folder / ENGINE), settings["max_seq_len"], settings["vocab_size"])
+        settings = read_settings(folder)
+        self.settings = settings
+        self.max_batch_size = settings.max_batch_size
+        session = session or RtxSession(folder / ENGINE, settings)
+        super().__init__(session, settings.max_seq_len, settings.vocab_size)
 
     def generate_batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[int]]:
         """As for every engine.
@@ -66,7 +64,7 @@ class RtxRuntime(Stepper):
 
 
 def simulated(folder: Path, options: Mapping[str, Any]) -> RtxRuntime:
-    """The graph of an engine on a CPU: what the engine would compute, as far as arithmetic allows.
+    """The graph of an engine on a CPU: what the engine would compute, its 16 bits too, as far as arithmetic allows.
 
     Args:
         folder: holds `model.onnx` and `rtx.json`.
@@ -75,7 +73,7 @@ def simulated(folder: Path, options: Mapping[str, Any]) -> RtxRuntime:
     Raises:
         RequestError, StageFailed: as RtxRuntime.
     """
-    _settings(folder)
+    read_settings(folder)  # what is no engine is said before the graph is missed
     return RtxRuntime(folder, options, GraphSession(folder / MODEL, options))
 
 
@@ -83,7 +81,7 @@ class _Run(Run):
     """Sequences of one length and the part of the cache that is theirs."""
 
     def __init__(self, runtime: RtxRuntime, batch: int) -> None:
-        super().__init__(batch, runtime.vocab_size, min(runtime._chunk, max(1, CHUNK // batch)))
+        super().__init__(batch, runtime.vocab_size, runtime.settings.chunk)
         self._session: Session = runtime._session
         self._cache = self._session.cache(batch)
         self._used = 0
@@ -106,21 +104,3 @@ class _Run(Run):
     def close(self) -> None:
         """Give back the cache."""
         self._cache.close()
-
-
-def _settings(folder: Path) -> dict[str, int]:
-    try:
-        found = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        return {name: _count(found[name]) for name in _NAMES}
-    except FileNotFoundError:
-        raise RequestError(
-            f"{folder} holds no tensorrt-rtx engine", "build it with `recipes build MODEL@tensorrt-rtx`"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StageFailed(f"{folder / SETTINGS} is damaged: {error}", "build the engine again") from error
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{value!r} is no count")
-    return value

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from engine_recipes import MachineError, RecipesError, StageFailed
 
 from .cuda import Device
+from .logging import logger, words
+from .matching import PAST, PRESENT, check_engine
+from .settings import Settings
 
 if TYPE_CHECKING:
     from ..stepping import Floats, Integers
 
-_PAST, _PRESENT = "past_key_values.", "present."
 SMALLER = "free GPU memory, or build with a smaller --set build.max_seq_len or build.max_batch_size"
 #: What a cache may hold in ONNX: type -> code of onnx.TensorProto, bytes.
 _TYPES = {"tensor(float)": (1, 4), "tensor(float16)": (10, 2), "tensor(bfloat16)": (16, 2)}
@@ -70,7 +72,7 @@ class GraphSession:
         # else a multiplication beside an FP8 pair becomes an operator that knows no FP8
         self._session: Any = open_session(model, options, entries={"session.disable_quant_qdq": "1"})
         self._binding = self._session.io_binding()
-        self._past = {v.name.removeprefix(_PAST): v for v in self._session.get_inputs() if v.name.startswith(_PAST)}
+        self._past = {v.name.removeprefix(PAST): v for v in self._session.get_inputs() if v.name.startswith(PAST)}
         self._bound: Cache | None = None
 
     def cache(self, batch: int) -> Cache:
@@ -99,8 +101,8 @@ class GraphSession:
         # TensorScatter, the only reader of the old cache, then writes the new rows alone and copies nothing
         for name, value in self._past.items():
             place = (_TYPES[value.type][0], (cache.batch, *value.shape[1:]), cache.addresses[name])
-            self._binding.bind_input(_PAST + name, "cpu", 0, *place)
-            self._binding.bind_output(_PRESENT + name, "cpu", 0, *place)
+            self._binding.bind_input(PAST + name, "cpu", 0, *place)
+            self._binding.bind_output(PRESENT + name, "cpu", 0, *place)
         self._bound = cache
 
     def close(self) -> None:
@@ -116,39 +118,44 @@ class RtxSession:
 
     Args:
         engine: a file that `stage2` wrote.
+        settings: what it noted of it.
 
     Raises:
         MachineError: no GPU or driver, another GPU or version than the engine is for, too little GPU memory.
-        StageFailed: the file is damaged.
+        StageFailed: the file is damaged, or another engine than the notes describe.
     """
 
-    def __init__(self, engine: Path) -> None:
+    def __init__(self, engine: Path, settings: Settings) -> None:
         self._device: Device | None = Device()
         self._buffers: dict[str, tuple[int, int]] = {}  # address and bytes of what is no cache
         self._bound: Cache | None = None
         try:
-            self._load(engine, self._device)
+            self._load(engine, settings, self._device)
         except BaseException:
             self.close()
             raise
 
-    def _load(self, engine: Path, device: Device) -> None:
+    def _load(self, engine: Path, settings: Settings, device: Device) -> None:
         import tensorrt_rtx as trt
 
-        self._log = _log(trt)
+        self._log = logger(trt)
         self._runtime: Any = trt.Runtime(self._log)
         self._engine: Any = deserialise(self._runtime, engine, self._log.errors, device)
-        self._context: Any = self._engine.create_execution_context()
+        check_engine(self._engine, settings)
+        # else a kernel for a shape replaces the general one when it is ready, and the numbers change by a bit
+        self._config: Any = self._engine.create_runtime_config()
+        self._config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.NONE
+        self._context: Any = self._engine.create_execution_context(runtime_config=self._config)
         if self._context is None:
-            words = _words(self._log.errors)
-            raise MachineError(f"{device.name} has no room for the engine's activations: {words}", SMALLER)
+            why = words(self._log.errors)
+            raise MachineError(f"{device.name} has no room for the engine's activations: {why}", SMALLER)
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         types = {name: self._engine.get_tensor_dtype(name) for name in names}
-        self._dtypes = {name: trt.nptype(types[name]) for name in names if not name.startswith((_PAST, _PRESENT))}
+        self._dtypes = {name: trt.nptype(types[name]) for name in names if not name.startswith((PAST, PRESENT))}
         self._past = {
-            name.removeprefix(_PAST): (tuple(self._engine.get_tensor_shape(name))[1:], types[name].itemsize)
+            name.removeprefix(PAST): (tuple(self._engine.get_tensor_shape(name))[1:], types[name].itemsize)
             for name in names
-            if name.startswith(_PAST)
+            if name.startswith(PAST)
         }
 
     def cache(self, batch: int) -> Cache:
@@ -178,10 +185,11 @@ class RtxSession:
         device.download(out, logits)
 
     def _bind(self, cache: Cache) -> None:
+        self._bound = None  # until all of it is said
         for name, (shape, _) in self._past.items():
             # TensorRT updates a cache in place: both names mean the same memory
-            self._say(_PAST + name, cache.addresses[name], (cache.batch, *shape))
-            self._say(_PRESENT + name, cache.addresses[name])
+            self._say(PAST + name, cache.addresses[name], (cache.batch, *shape))
+            self._say(PRESENT + name, cache.addresses[name])
         self._bound = cache
 
     def _say(self, name: str, address: int, shape: tuple[int, ...] | None = None) -> None:
@@ -192,17 +200,18 @@ class RtxSession:
             self._fail(f"use the memory for {name}")
 
     def _fail(self, what: str) -> None:
-        words = _words(self._log.errors)
-        raise MachineError(f"TensorRT-RTX could not {what}: {words}", "see what nvidia-smi says, or build it again")
+        why = words(self._log.errors)
+        raise MachineError(f"TensorRT-RTX could not {what}: {why}", "see what nvidia-smi says, or build it again")
 
     def _room(self, name: str, size: int) -> int:
         """The address of a buffer of at least `size` bytes; nothing is under way in it, as each step is waited for."""
         device = self._open()
-        address, held = self._buffers.get(name, (0, 0))
+        address, held = self._buffers.pop(name, (0, 0))  # forgotten if there is no room for a larger one
         if held < size:
             device.free(address)
-            self._buffers[name] = device.allocate(size, name, SMALLER), size
-        return self._buffers[name][0]
+            address, held = device.allocate(size, name, SMALLER), size
+        self._buffers[name] = address, held
+        return address
 
     def _open(self) -> Device:
         if self._device is None:
@@ -212,7 +221,8 @@ class RtxSession:
     def close(self) -> None:
         """Give everything back, caches too."""
         device, self._device = self._device, None
-        self._context = self._engine = self._runtime = self._bound = None  # in this order: each needs the next
+        self._context = self._config = self._engine = self._runtime = None  # in this order: each needs those after it
+        self._bound = None
         if device is not None:
             device.close()
 
@@ -235,43 +245,22 @@ def deserialise(runtime: Any, path: Path, errors: list[str], device: Device) -> 
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
-            words = _words(errors)
-            raise _refusal(words, int(runtime.get_engine_validity(data)[1]), device, path.name)
+            raise _refusal(words(errors), int(runtime.get_engine_validity(data)[1]), device, path.name)
     return engine
 
 
-def _refusal(words: str, reasons: int, device: Device, name: str) -> RecipesError:
+def _refusal(why: str, reasons: int, device: Device, name: str) -> RecipesError:
     """Why an engine was refused: `reasons` are bits of `tensorrt_rtx.EngineInvalidityDiagnostics`."""
-    message = f"TensorRT-RTX refuses {name} on {device.name} ({device.target}): {words}"
+    message = f"TensorRT-RTX refuses {name} on {device.name} ({device.target}): {why}"
     # a file that is cut short may have a good header: then only the words tell
-    if reasons & 32 or ("Serialization" in words and "compute capability" not in words and not reasons & 1):
-        return StageFailed(f"{name} is damaged: {words}", "build the engine again")
-    if reasons & 2 or "compute capability" in words:
+    if reasons & 32 or ("Serialization" in why and "compute capability" not in why and not reasons & 1):
+        return StageFailed(f"{name} is damaged: {why}", "build the engine again")
+    if reasons & 2 or "compute capability" in why:
         return MachineError(message, f"build it for this GPU with --target {device.target}, if `recipes list` has it")
     if reasons & (4 | 8 | 64):
         return MachineError(message, "update the NVIDIA driver, or see what nvidia-smi says")
-    if reasons & 16 or "out of memory" in words.lower():
+    if reasons & 16 or "out of memory" in why.lower():
         return MachineError(message, SMALLER)
     if reasons & 1:
         return MachineError(message, "build it again, or install the version of tensorrt-rtx-cu13 that built it")
     return MachineError(message, "see what nvidia-smi says, or build it again")
-
-
-def _log(trt: Any) -> Any:
-    """A logger that keeps what the library calls an error."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
-                self.errors.append(message)
-
-    return Log()
-
-
-def _words(errors: list[str]) -> str:
-    """The first error in one line; those after it are its consequences."""
-    return " ".join(errors[0].split()) if errors else "it does not say why"

@@ -8,31 +8,52 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import hashlib
 import itertools
-import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from engine_recipes import checkpoint
 from engine_recipes_engines.tensorrt_rtx import lowering
+from engine_recipes_engines.tensorrt_rtx.settings import Settings, Tensor, read_settings
 
 
-def lower(converted: Path, out: Path, longest: int = 64, batch: int = 4, chunk: int = 48, **changes: Any) -> Path:
-    """`model.onnx`, `rtx.json`, and an engine file that the stand-in takes. Returns `out`."""
+def lower(converted: Path, out: Path, longest: int = 64, batch: int = 4, chunk: int = 48, index: str = "INT64") -> Path:
+    """`model.onnx`, `rtx.json`, and an engine file that the stand-in takes. Returns `out`.
+
+    Args:
+        index: the type that this engine has for what the graph has as int64.
+    """
     out.mkdir()
     with checkpoint.open_checkpoint(converted) as weights:
         lowering.lower(weights, out, "float32", longest)
-        sizes = {"max_batch_size": batch, "max_seq_len": longest, "chunk": chunk}
-        sizes["vocab_size"] = weights.decoder.vocab_size
-    (out / "rtx.json").write_text(json.dumps({**sizes, **changes}))
-    (out / "model.engine").write_bytes(b"ftrt" + str(out / "model.onnx").encode())
+        d = weights.decoder
+    engine = out / "model.engine"
+    engine.write_bytes(b"ftrt" + str(out / "model.onnx").encode())
+    model = onnx.load(out / "model.onnx", load_external_data=False).graph
+    settings = Settings(
+        batch, longest, chunk, d.vocab_size, d.layers, d.kv_heads, d.head_size, "float16", None, ["sm89"], "0", {},
+        inputs=[_tensor(value, index) for value in model.input],
+        outputs=[_tensor(value, index) for value in model.output],
+        bytes=engine.stat().st_size,
+        sha256=hashlib.sha256(engine.read_bytes()).hexdigest(),
+    )  # fmt: skip
+    settings.write(out)
     return out
+
+
+def _tensor(value: Any, index: str) -> Tensor:
+    kind = value.type.tensor_type
+    shape = [side.dim_value or -1 for side in kind.shape.dim]
+    return Tensor(value.name, index if kind.elem_type == onnx.TensorProto.INT64 else "FLOAT", shape)
 
 
 class Error(enum.IntEnum):
@@ -151,23 +172,38 @@ class Logger:
         raise NotImplementedError
 
 
+class DataType(enum.Enum):
+    FLOAT, INT64, INT32 = np.float32, np.int64, np.int32
+
+    @property
+    def itemsize(self) -> int:
+        return np.dtype(self.value).itemsize
+
+
+class Strategy(enum.Enum):
+    LAZY, EAGER, NONE = range(3)
+
+
 class Trt(ModuleType):
     """`tensorrt_rtx`.
 
     Attributes:
-        index: numpy dtype that engines have for what the graph has as int64.
+        described: what a loaded engine says of itself in place of what its notes say.
+        aliases: output -> what an engine says that it is updated in place of, where that is not its own cache.
         refusal: what the library says of an engine, and the bits of its diagnostics.
         no_context: what it says when an engine has no room to run.
         no_step: what it says when a step cannot be run.
     """
 
     ILogger = Logger
-    nptype = staticmethod(lambda dtype: dtype.type)
+    DynamicShapesKernelSpecializationStrategy = Strategy
+    nptype = staticmethod(lambda dtype: dtype.value)
 
     def __init__(self, cuda: Cuda) -> None:
         super().__init__("tensorrt_rtx")
         self.cuda = cuda
-        self.index = np.dtype(np.int64)
+        self.described: dict[str, Any] = {}
+        self.aliases: dict[str, str | None] = {}
         self.refusal: tuple[str, int] | None = None
         self.no_context = self.no_step = ""
 
@@ -197,19 +233,33 @@ class Engine:
         self.session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = {value.name: value for value in self.session.get_outputs()}
-        self.names = [*self.inputs, *self.outputs]
+        self.settings = replace(read_settings(Path(model).parent), **trt.described)
+        self.tensors = {tensor.name: tensor for tensor in (*self.settings.inputs, *self.settings.outputs)}
+        self.names = list(self.tensors)
         self.num_io_tensors = len(self.names)
         self.get_tensor_name = self.names.__getitem__
 
-    def get_tensor_dtype(self, name: str) -> np.dtype[Any]:
-        kind = {**self.inputs, **self.outputs}[name].type
-        return self.trt.index if kind == "tensor(int64)" else np.dtype(np.float32)
+    def get_tensor_dtype(self, name: str) -> DataType:
+        return DataType[self.tensors[name].dtype]
 
     def get_tensor_shape(self, name: str) -> list[int]:
-        shape = {**self.inputs, **self.outputs}[name].shape
-        return [-1 if isinstance(side, str) else side for side in shape]
+        return self.tensors[name].shape
 
-    def create_execution_context(self) -> Context | None:
+    def get_tensor_profile_shape(self, name: str, index: int) -> list[list[int]]:
+        shape = self.inputs[name].shape
+        assert index == 0
+        most = [self.settings.most.get(side, side) for side in shape]
+        least = [1 if isinstance(side, str) else side for side in shape]
+        return [least, least, most]
+
+    def get_aliased_input_tensor(self, name: str) -> str | None:
+        return self.trt.aliases.get(name, name.replace("present", "past_key_values"))
+
+    def create_runtime_config(self) -> SimpleNamespace:
+        return SimpleNamespace(dynamic_shapes_kernel_specialization_strategy=Strategy.LAZY)
+
+    def create_execution_context(self, runtime_config: SimpleNamespace) -> Context | None:
+        assert runtime_config.dynamic_shapes_kernel_specialization_strategy is not Strategy.LAZY  # numbers would change
         if self.trt.no_context:
             self.logger.log(Severity.ERROR, self.trt.no_context)
             return None
@@ -225,9 +275,9 @@ class Context:
         self.addresses: dict[str, int] = {}
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        wanted = self.engine.get_tensor_shape(name)
+        least, _, most = self.engine.get_tensor_profile_shape(name, 0)
         self.shapes[name] = shape
-        return len(shape) == len(wanted) and all(w in (-1, s) for s, w in zip(shape, wanted, strict=True))
+        return len(shape) == len(most) and all(a <= s <= b for a, s, b in zip(least, shape, most, strict=True))
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
@@ -247,14 +297,14 @@ class Context:
         feeds = {}
         for name, shape in shapes.items():
             array = self._at(name, shape)
-            feeds[name] = array.astype(np.int64) if array.dtype == self.engine.trt.index else array
+            feeds[name] = array.astype(np.int64) if array.dtype.kind == "i" else array
         for name, result in zip(self.engine.outputs, self.engine.session.run(None, feeds), strict=True):
             past = name.replace("present", "past_key_values")
             assert self.addresses[name] == self.addresses.get(past, self.addresses["logits"])
             self._at(name, result.shape)[...] = result
 
     def _at(self, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-        dtype, address = self.engine.get_tensor_dtype(name), self.addresses[name]
+        dtype, address = np.dtype(self.engine.get_tensor_dtype(name).value), self.addresses[name]
         size = int(np.prod(shape)) * dtype.itemsize
         assert self.engine.trt.cuda.inside(address, size), name
         return np.frombuffer((ctypes.c_char * size).from_address(address), dtype).reshape(shape)

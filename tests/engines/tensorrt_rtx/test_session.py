@@ -3,6 +3,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,10 @@ import lowered
 from engine_recipes import MachineError, RecipesError, StageFailed
 from engine_recipes.types import Sampling
 from engine_recipes_engines.tensorrt_rtx.cuda import Device
+from engine_recipes_engines.tensorrt_rtx.logging import logger
 from engine_recipes_engines.tensorrt_rtx.runtime import RtxRuntime, simulated
-from engine_recipes_engines.tensorrt_rtx.session import GraphSession, RtxSession, _log, deserialise
+from engine_recipes_engines.tensorrt_rtx.session import GraphSession, RtxSession, deserialise
+from engine_recipes_engines.tensorrt_rtx.settings import Tensor, read_settings
 from engines.tensorrt_rtx import standin
 
 IDS = np.random.default_rng(2).integers(0, 250, 30).tolist()
@@ -39,9 +42,11 @@ def two_lines(error: RecipesError) -> bool:
     return bool(error.hint) and "\n" not in error.message and "\n" not in error.hint
 
 
-@pytest.mark.parametrize("index", [np.int64, np.int32])
-def test_a_gpu_session_feeds_an_engine_what_the_graph_is_fed(folder: Path, trt: standin.Trt, index: Any) -> None:
-    trt.index = np.dtype(index)
+@pytest.mark.parametrize("index", ["INT64", "INT32"])
+def test_a_gpu_session_feeds_an_engine_what_the_graph_is_fed(
+    folder: Path, tmp_path: Path, trt: standin.Trt, index: str
+) -> None:
+    folder = standin.lower(folder.parent / "checkpoint", tmp_path / "rtx", longest=63, index=index)
     there, here = RtxRuntime(folder, {}), simulated(folder, {})
     for length in (30, 1, 63):  # the last in two pieces, with a buffer that grows
         ids = (IDS * 3)[:length]
@@ -94,6 +99,71 @@ def test_a_cache_that_does_not_fit_says_what_is_needed(folder: Path, trt: standi
     assert len(list(runtime.generate_batch([IDS, IDS], Sampling(3)))) == 3
 
 
+def test_a_buffer_that_cannot_grow_is_forgotten_and_taken_again_later(
+    folder: Path, trt: standin.Trt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = RtxRuntime(folder, {})
+    good = list(runtime.generate(IDS, Sampling(4)))
+    with monkeypatch.context() as patch:
+        malloc = standin.Cuda.cudaMalloc
+        none = (standin.Error.cudaErrorMemoryAllocation, None)
+        wanted = 20 * 256 * 4  # logits of 20 tokens
+        patch.setattr(standin.Cuda, "cudaMalloc", lambda cuda, size: none if size == wanted else malloc(cuda, size))
+        with pytest.raises(MachineError, match=r"logits takes .* GB of GPU memory"):
+            runtime.logits(IDS[:20])
+    assert list(runtime.generate(IDS, Sampling(4))) == good
+
+
+def renamed(tensors: list[Tensor]) -> list[Tensor]:
+    return [replace(tensors[0], name="tokens"), *tensors[1:]]
+
+
+def retyped(tensors: list[Tensor]) -> list[Tensor]:
+    return [replace(tensors[0], dtype="INT32"), *tensors[1:]]
+
+
+def reshaped(tensors: list[Tensor]) -> list[Tensor]:
+    return [*tensors[:-1], replace(tensors[-1], shape=[*tensors[-1].shape[:-1], 99])]
+
+
+@pytest.mark.parametrize(
+    ("described", "message"),
+    [
+        (lambda s: {"inputs": renamed(s.inputs)}, "input_ids is in one of them"),
+        (lambda s: {"inputs": s.inputs[1:]}, "input_ids is in one of them"),
+        (lambda s: {"inputs": retyped(s.inputs)}, r"input_ids is INT32 \[-1, -1\], not INT64"),
+        (lambda s: {"inputs": reshaped(s.inputs)}, r"past_key_values.2.value is FLOAT \[-1, 2, 63, 99\], not FLOAT"),
+        (lambda s: {"outputs": reshaped(s.outputs)}, r"logits is FLOAT \[-1, -1, 99\], not FLOAT \[-1, -1, 256\]"),
+        (lambda s: {"chunk": 47}, r"takes input_ids up to \[4, 47\], not \[4, 48\]"),
+        (lambda s: {"chunk": 49}, r"takes input_ids up to \[4, 49\], not \[4, 48\]"),
+        (lambda s: {"max_batch_size": 3}, r"takes input_ids up to \[3, 48\], not \[4, 48\]"),
+    ],
+)
+def test_an_engine_that_its_notes_do_not_describe_is_refused(
+    folder: Path, trt: standin.Trt, described: Any, message: str
+) -> None:
+    trt.described = described(read_settings(folder))
+    with pytest.raises(StageFailed, match=f"is not the engine that rtx.json describes: .*{message}") as caught:
+        RtxRuntime(folder, {})
+    assert two_lines(caught.value)
+    assert not trt.cuda.streams
+
+
+def test_an_engine_that_updates_another_cache_is_refused(folder: Path, trt: standin.Trt) -> None:
+    trt.aliases = {"present.1.value": "past_key_values.0.value"}
+    with pytest.raises(StageFailed, match=r"updates past_key_values\.0\.value in place of present\.1\.value"):
+        RtxRuntime(folder, {})
+    trt.aliases = {"present.1.value": None}  # the library need not tell
+    RtxRuntime(folder, {}).close()
+
+
+def test_sizes_that_an_engine_fixed_are_no_difference(folder: Path, trt: standin.Trt) -> None:
+    settings = read_settings(folder)
+    inputs = [replace(one, shape=[4, *one.shape[1:]]) for one in settings.inputs]  # of as many sequences always
+    trt.described = {"inputs": inputs}
+    RtxRuntime(folder, {}).close()
+
+
 @pytest.mark.parametrize(
     ("refusal", "kind", "message", "hint"),
     [
@@ -114,18 +184,18 @@ def test_a_refused_engine_is_two_lines_with_the_librarys_words(
 ) -> None:
     trt.refusal = refusal
     with pytest.raises(kind, match=message) as caught:
-        RtxSession(folder / "model.engine")
+        RtxSession(folder / "model.engine", read_settings(folder))
     assert hint in caught.value.hint
     assert two_lines(caught.value)
     assert not trt.cuda.streams
 
 
 @pytest.mark.parametrize("content", [None, b"", b"nonsense" * 9])
-def test_a_damaged_engine_is_two_lines(tmp_path: Path, trt: standin.Trt, content: bytes | None) -> None:
+def test_a_damaged_engine_is_two_lines(folder: Path, tmp_path: Path, trt: standin.Trt, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "model.engine").write_bytes(content)
     with pytest.raises(StageFailed) as caught:
-        RtxSession(tmp_path / "model.engine")
+        RtxSession(tmp_path / "model.engine", read_settings(folder))
     assert two_lines(caught.value)
     assert caught.value.hint == "build the engine again"
 
@@ -172,11 +242,11 @@ def test_what_cuda_reports_later_is_two_lines(folder: Path, trt: standin.Trt) ->
 
 def test_without_a_driver_the_real_libraries_refuse_in_two_lines(folder: Path) -> None:
     program = "import sys; from pathlib import Path; from engine_recipes import MachineError\n"
-    program += "from engine_recipes_engines.tensorrt_rtx.session import RtxSession\n"
-    program += "try: RtxSession(Path(sys.argv[1]))\n"
+    program += "from engine_recipes_engines.tensorrt_rtx.runtime import RtxRuntime\n"
+    program += "try: RtxRuntime(Path(sys.argv[1]), {})\n"
     program += "except MachineError as error: print(error.message, error.hint, sep='\\n')"
     done = subprocess.run(
-        [sys.executable, "-c", program, str(folder / "model.engine")],
+        [sys.executable, "-c", program, str(folder)],
         capture_output=True,
         text=True,
         env={"PYTHONPATH": ":".join(sys.path), "PATH": "", "CUDA_VISIBLE_DEVICES": ""},
@@ -189,7 +259,7 @@ def test_without_a_driver_the_real_libraries_refuse_in_two_lines(folder: Path) -
 
 def test_the_real_library_tells_a_damaged_engine_from_a_machine_that_cannot_run_it(tmp_path: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
-    log = _log(trt)
+    log = logger(trt)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     network.mark_output(network.add_identity(network.add_input("x", trt.float16, (1, 8))).get_output(0))
