@@ -91,7 +91,7 @@ def lacking(
     if missing := facts.missing(precision.requires):
         found["stage1"] = _uninstalled(precision.name, precision, missing, facts)
     if missing := facts.missing(requirements(engine, target)):
-        found["stage2"] = _uninstalled(engine.name, engine, missing, facts)
+        found["stage2"] = found["validate"] = _uninstalled(engine.name, engine, missing, facts)
     elif problem := no_gpu(engine, target, facts) or no_program(engine, facts, options):
         found["stage2"] = problem
     return found

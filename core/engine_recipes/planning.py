@@ -145,54 +145,64 @@ def make(
     Raises:
         RequestError: unknown name, unknown or bad option, a pair that cannot work, data that is none.
     """
+    of, where, chosen = _decide(ref, registry, facts, model, located, target, ready or {})
+    builder = Builder(of, facts, where, dict(settings or {}), identify)
+    stages = builder.all()
+    rule = refused(of.engine.refuses, where, builder.values(stages))
+    if rule and not ready:
+        raise _impossible(of, rule.why, rule.instead)
+    options = next(stage.options for stage in stages if stage.name == "stage2")
+    return Plan(
+        ref=Ref(ref.model, of.precision.name, of.engine.name),
+        model=model,
+        family=of.family,
+        calibration=of.calibration,
+        precision=of.precision,
+        engine=of.engine,
+        target=where,
+        located=located,
+        stages=stages,
+        parameters=of.parameters,
+        chosen=tuple(chosen),
+        bounds=limits.bounds(registry, stages[-1].options),
+        not_compared=builder.not_compared,
+        cannot_run=builder.cannot_run,
+        machine=portability.describe(facts, requirements(of.engine, where)),
+        gpus=facts.visible(where),
+        lacking=lacking(None if ready else of.calibration, of.precision, of.engine, where, facts, options),
+        unavailable=builder.blocked or (not_fetched(model) if located is None else None),
+    )
+
+
+def _decide(
+    ref: Ref,
+    registry: Registry,
+    facts: Facts,
+    model: Model,
+    located: Located | None,
+    target: str | None,
+    ready: Mapping[StageName, Artifact],
+) -> tuple[Entries, str, list[str]]:
+    """Which entries, for which target, and what was chosen, in words. Refuses a pair that cannot work."""
     family = registry.families[model.family]
     precision = registry.precisions[ref.precision or registry.defaults.precision]
     calibration = registry.calibration_of(precision)
     target = targets.normal(target) if target else None
     engine = complete(registry.engines[ref.engine or default_engine(registry, precision, facts, target)])
     where = target or default_target(precision, engine, facts)
+    entries = Entries(registry, family, calibration, precision, engine, model, located, ready)
     if not target and not is_target(engine, where):
         raise untargeted(engine, facts)
     reason, hint = why_not(registry, precision, engine, where)
     if reason:
-        raise RequestError(f"{model.name}:{precision.name}@{engine.name} cannot be built: {reason}", hint)
-    chosen = [
-        f"{what} {name}"
-        for what, name, given in (
-            ("precision", precision.name, ref.precision),
-            ("engine", engine.name, ref.engine),
-            ("target", where, target),
-        )
-        if not given
-    ]
-    entries = Entries(registry, family, calibration, precision, engine, model, located, ready or {})
-    builder = Builder(entries, facts, where, dict(settings or {}), identify)
-    stages = builder.all()
-    rule = refused(engine.refuses, where, builder.values(stages))
-    if rule and not ready:
-        raise RequestError(f"{model.name}:{precision.name}@{engine.name} cannot be built: {rule.why}", rule.instead)
-    compiling = next(stage for stage in stages if stage.name == "stage2")
-    missing = lacking(None if ready else calibration, precision, engine, where, facts, compiling.options)
-    can_validate = "stage2" not in missing or not facts.missing(requirements(engine, where))
-    if not can_validate:
-        missing["validate"] = missing["stage2"]
-    return Plan(
-        ref=Ref(ref.model, precision.name, engine.name),
-        model=model,
-        family=family,
-        calibration=calibration,
-        precision=precision,
-        engine=engine,
-        target=where,
-        located=located,
-        stages=stages,
-        parameters=entries.parameters,
-        chosen=tuple(chosen),
-        bounds=limits.bounds(registry, stages[-1].options),
-        not_compared=builder.not_compared,
-        cannot_run=builder.cannot_run,
-        machine=portability.describe(facts, requirements(engine, where)),
-        gpus=facts.visible(where),
-        lacking=missing,
-        unavailable=builder.blocked or (not_fetched(model) if located is None else None),
+        raise _impossible(entries, reason, hint)
+    choices = (
+        ("precision", precision.name, ref.precision),
+        ("engine", engine.name, ref.engine),
+        ("target", where, target),
     )
+    return entries, where, [f"{what} {name}" for what, name, given in choices if not given]
+
+
+def _impossible(of: Entries, reason: str, hint: str) -> RequestError:
+    return RequestError(f"{of.model.name}:{of.precision.name}@{of.engine.name} cannot be built: {reason}", hint)
