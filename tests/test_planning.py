@@ -317,3 +317,15 @@ def test_an_engines_own_lack_stops_none_of_the_stages_before_it(registry: Regist
     assert made.lacks(["resolve", "stage1", "validate"]) is None
     bare = plan(registry, "smollm2-135m:fp16@onnxruntime", facts=Facts(versions={"numpy": "2.4", "ml-dtypes": "0.6"}))
     assert set(bare.lacking) == {"stage2", "validate"}, "an engine whose packages are missing is not judged either"
+
+
+def test_an_engine_in_two_parts_does_not_run_on_one_gpu(registry: Registry) -> None:
+    def why(gpus: int, **settings: str) -> str:
+        facts = replace(CPU, gpus=(ADA,) * gpus)
+        return plan(
+            registry, "smollm2-135m:fp16@tensorrt-llm", target="sm89", facts=facts, settings=settings
+        ).cannot_run
+
+    assert why(1) == ""
+    assert why(2, tp_size="2") == ""
+    assert why(1, tp_size="2", pp_size="2") == "this engine is split over 4 GPUs, this machine has 1 for sm89"

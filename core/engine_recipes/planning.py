@@ -105,8 +105,7 @@ class Plan:
     @property
     def ranks(self) -> int:
         """Of how many GPUs' parts the checkpoint is."""
-        sizes = (self.settings.get(name) for name in ("tp_size", "pp_size"))
-        return math.prod(int(size.value) for size in sizes if size)
+        return ranks({key: setting.value for key, setting in self.settings.items()})
 
     @property
     def is_of_strangers(self) -> bool:
@@ -148,7 +147,8 @@ def make(
     of, where, chosen = _decide(ref, registry, facts, model, located, target, ready or {})
     builder = Builder(of, facts, where, dict(settings or {}), identify)
     stages = builder.all()
-    rule = refused(of.engine.refuses, where, builder.values(stages))
+    values = builder.values(stages)
+    rule = refused(of.engine.refuses, where, values)
     if rule and not ready:
         raise _impossible(of, rule.why, rule.instead)
     options = next(stage.options for stage in stages if stage.name == "stage2")
@@ -166,7 +166,7 @@ def make(
         chosen=tuple(chosen),
         bounds=limits.bounds(registry, stages[-1].options),
         not_compared=builder.not_compared,
-        cannot_run=builder.cannot_run,
+        cannot_run=builder.cannot_run or _too_few(of.engine, ranks(values), where, facts),
         machine=portability.describe(facts, requirements(of.engine, where)),
         gpus=facts.visible(where),
         lacking=lacking(None if ready else of.calibration, of.precision, of.engine, where, facts, options),
@@ -202,6 +202,19 @@ def _decide(
         ("target", where, target),
     )
     return entries, where, [f"{what} {name}" for what, name, given in choices if not given]
+
+
+def ranks(values: Mapping[str, Value]) -> int:
+    """Over how many GPUs these options split a checkpoint."""
+    return math.prod(int(values.get(name, 1)) for name in ("tp_size", "pp_size"))
+
+
+def _too_few(engine: Engine, parts: int, target: str, facts: Facts) -> str:
+    """That an engine whose parts run on a GPU each has not so many here; empty if it has."""
+    count = sum(gpu.target == target for gpu in facts.gpus)
+    if not engine.needs_gpu or parts <= count:
+        return ""
+    return f"this engine is split over {parts} GPUs, this machine has {count} for {target}"
 
 
 def _impossible(of: Entries, reason: str, hint: str) -> RequestError:

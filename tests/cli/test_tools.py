@@ -126,3 +126,39 @@ def test_plan_says_which_stage_is_blocked_and_by_what(toy_model: Path, recipes: 
         "validate": "to run",
     }
     assert "toy-tool" in rows["stage2"]["reason"]
+
+
+def test_what_cannot_fit_is_refused_before_any_work_unless_forced(
+    toy_model: Path, recipes: Recipes, workspace: Path
+) -> None:
+    Path("registry.toml").write_text("[engines.echo]\ncosts = { memory_base = 1_000_000_000_000_000 }\n")
+    ran = recipes("build", "./toy-model:plain@echo")
+    assert ran.code == 3
+    assert "stage2 of ./toy-model:plain@echo needs about 1000.0 TB of memory" in ran.error[0]
+    assert "--force" in ran.error[1]
+    assert not (workspace / "checkpoints").exists()
+    rows = recipes("plan", "./toy-model:plain@echo", "--json").json["stages"]
+    assert "1000.0 TB" in rows[0]["reason"] and rows[0]["status"] == "blocked"
+    assert recipes("build", "./toy-model:plain@echo", "--until", "stage1").code == 0
+    assert recipes("build", "./toy-model:plain@echo", "--force").code == 0
+    assert recipes("build", "./toy-model:plain@echo").code == 0, "what is there already needs nothing"
+
+
+def test_an_engine_of_another_version_of_its_library_is_refused_before_it_is_loaded(
+    toy_model: Path, recipes: Recipes
+) -> None:
+    import json
+
+    Path("registry.toml").write_text('[engines.echo]\nrequires = ["numpy>=1"]\nbinds = ["numpy"]\n')
+    built = recipes("build", "./toy-model:plain@echo", "--json").json["builds"][0]
+    manifest = Path(built["engine_dir"], "manifest.json")
+    data = json.loads(manifest.read_text())
+    here = data["machine"]["versions"]["numpy"]
+    data["machine"]["versions"]["numpy"] = "1.0.1"
+    manifest.write_text(json.dumps(data))
+    for command in (["run", "./toy-model:plain@echo", "abc"], ["bench", "./toy-model:plain@echo"]):
+        ran = recipes(*command)
+        assert ran.code == 3
+        assert ran.error[0] == f"this engine was built with numpy 1.0.1, this machine has {here}"
+        assert "recipes build ./toy-model:plain@echo" in ran.error[1]
+    assert recipes("validate", "./toy-model:plain@echo").code == 3
