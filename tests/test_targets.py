@@ -12,7 +12,10 @@ def test_one_set_of_targets_has_one_spelling(text: str) -> None:
     assert parts(normal(text)) == ["sm86", "sm89", "sm120"]
 
 
-@pytest.mark.parametrize("text", ["", "sm89,", "+sm89", "sm86,,sm89", "sm/../../x", "sm*", "sm89\nx", ".."])
+@pytest.mark.parametrize(
+    "text",
+    ["", "sm89,", "+sm89", "sm86,,sm89", "sm/../../x", "sm*", "sm89\nx", "..", "sm", "sm8", "sm90a", "sm8999"],
+)
 def test_what_can_be_no_name_is_refused(text: str) -> None:
     with pytest.raises(RequestError, match="is no target"):
         normal(text)

@@ -19,7 +19,7 @@ def normal(text: str) -> str:
         RequestError: something that cannot be a target's name; it becomes part of a folder's.
     """
     found = [part.strip().lower() for part in re.split("[,+]", text)]
-    if not all(re.fullmatch("[a-z0-9][a-z0-9_-]*", part) for part in found):
+    if not all(re.fullmatch(r"(?!sm\d*[a-z]?$)[a-z0-9][a-z0-9_-]*|sm\d{2,3}", part) for part in found):
         raise RequestError(f"--target {text!r} is no target", "for example --target sm89, or --target sm86,sm89")
     return "+".join(sorted(dict.fromkeys(found), key=lambda part: (len(part), part)))
 
