@@ -28,7 +28,7 @@ COMMANDS = (
     "recipes build smollm2-135m:fp16",
     'recipes run smollm2-135m:fp16 "What is the capital of France?"',
     "recipes build smollm2-135m:int4-wo",
-    "recipes build smollm2-135m:fp61",
+    "recipes build smollm2-135m:fp8@tensorrt-rtx --target sm86",
 )
 COLUMNS, LINES = 104, 60
 
