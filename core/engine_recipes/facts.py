@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .targets import parts, target_of
+
 #: Programs that are always looked for: what asks the driver, and what runs containers and gives them a GPU.
 PROGRAMS = ("nvidia-smi", "docker", "podman", "nvidia-ctk", "nvidia-container-cli")
 #: Is there on Linux where the driver's kernel module is loaded, whether or not it answers.
@@ -34,7 +36,7 @@ class Gpu:
     @property
     def target(self) -> str:
         """`sm89` for compute capability 8.9."""
-        return "sm" + self.compute.replace(".", "")
+        return target_of(self.compute)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Facts:
 
         Empty where it need not be anything: all GPUs are such, or none is.
         """
-        fitting = [gpu.uuid for gpu in self.gpus if gpu.target in target.split("+")]
+        fitting = [gpu.uuid for gpu in self.gpus if gpu.target in parts(target)]
         return ",".join(fitting) if all(fitting) and len(fitting) < len(self.gpus) else ""
 
     @property
