@@ -22,8 +22,10 @@ if TYPE_CHECKING:
         StageFailed as StageFailed,
     )
     from .hookspecs import hookimpl as hookimpl
+    from .sources.local import hub_cache as hub_cache
     from .sources.texts import read_texts as read_texts
     from .space import require_room as require_room
+    from .store import read_manifest as read_manifest
     from .tokenizer import Tokenizer as Tokenizer
     from .types import (
         Artifact as Artifact,
@@ -52,8 +54,10 @@ _HOME = {
     "RequestError": "errors",
     "StageFailed": "errors",
     "hookimpl": "hookspecs",
+    "hub_cache": "sources.local",
     "read_texts": "sources.texts",
     "require_room": "space",
+    "read_manifest": "store",
     "Tokenizer": "tokenizer",
     "Artifact": "types",
     "Check": "types",

@@ -122,7 +122,7 @@ def no_program(engine: Engine, facts: Facts, options: Mapping[str, Value] | None
     options = options or {}
     runtime = str(options.get("runtime") or next(iter(engine.programs)))
     python = str(options.get("python") or engine.python)
-    missing = [name for name in engine.programs.get(runtime, ()) if not _finds(name, python, facts)]
+    missing = [name for name in engine.programs.get(runtime, ()) if not program(name, python, facts)]
     if not missing:
         return None
     others = [other for other in engine.programs if other != runtime]
@@ -132,10 +132,13 @@ def no_program(engine: Engine, facts: Facts, options: Mapping[str, Value] | None
     return MachineError(f"{engine.name} needs the program {missing[0]}, not found{beside}", f"{engine.install}{usable}")
 
 
-def _finds(program: str, python: str, facts: Facts) -> bool:
+def program(name: str, python: str, facts: Facts) -> str:
+    """Where a program is: beside the interpreter of the environment it belongs to, if one is named, else on the PATH.
+    Empty if it is not there."""
     if python:
-        return os.access(Path(python).expanduser().with_name(program), os.X_OK)
-    return program in facts.programs
+        path = Path(python).expanduser().with_name(name)
+        return str(path) if os.access(path, os.X_OK) else ""
+    return facts.programs.get(name, "")
 
 
 def not_fetched(model: Model) -> MachineError:

@@ -6,16 +6,14 @@ import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from . import portability, targets
+from . import targets
 from .availability import (
     default_engine,
     default_target,
     is_target,
     lacking,
     not_fetched,
-    requirements,
     untargeted,
     why_not,
 )
@@ -43,8 +41,7 @@ class Plan:
         bounds: where each metric warns and fails.
         not_compared: why validation compares the engine with nothing; empty if it does.
         cannot_run: why this machine cannot run the engine; empty if it can.
-        machine: this machine, for the manifest.
-        gpus: as CUDA_VISIBLE_DEVICES, the GPUs of this machine that the engine is for; empty if there is no choice.
+        facts: this machine.
         lacking: by stage, a package, a program or a GPU that this machine has not.
         unavailable: data or a checkpoint that is missing; None if all is there.
     """
@@ -63,8 +60,7 @@ class Plan:
     bounds: Mapping[str, Bound]
     not_compared: str
     cannot_run: str
-    machine: Mapping[str, Any]
-    gpus: str
+    facts: Facts
     lacking: Mapping[StageName, MachineError]
     unavailable: MachineError | None
 
@@ -101,6 +97,11 @@ class Plan:
     def recipe(self) -> dict[str, Value]:
         """Those of them that the engine depends on."""
         return {key: value for key, value in self.given.items() if not key.startswith(PREFIXES["validate"])}
+
+    @property
+    def gpus(self) -> str:
+        """As CUDA_VISIBLE_DEVICES, the GPUs of this machine that the engine is for; empty if there is no choice."""
+        return self.facts.visible(self.target)
 
     @property
     def ranks(self) -> int:
@@ -167,8 +168,7 @@ def make(
         bounds=limits.bounds(registry, stages[-1].options),
         not_compared=builder.not_compared,
         cannot_run=builder.cannot_run or _too_few(of.engine, ranks(values), where, facts),
-        machine=portability.describe(facts, requirements(of.engine, where)),
-        gpus=facts.visible(where),
+        facts=facts,
         lacking=lacking(None if ready else of.calibration, of.precision, of.engine, where, facts, options),
         unavailable=builder.blocked or (not_fetched(model) if located is None else None),
     )

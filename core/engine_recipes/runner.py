@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-from . import __version__, gate, history
+from . import __version__, availability, gate, history, portability
 from .errors import Interrupted, RecipesError, Rejected, disk_error
 from .events import Event
 from .launch import Answer, call
@@ -290,7 +290,9 @@ class _Walk:
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "seconds": round(seconds, 3),
             "peak_rss_bytes": answer.peak_rss_bytes,
-            "machine": dict(self.plan.machine),
+            "machine": portability.describe(
+                self.plan.facts, availability.requirements(self.plan.engine, self.plan.target)
+            ),
             "result": answer.value,
         }
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     Floats = np.ndarray[Any, np.dtype[np.float32]]
     Integers = np.ndarray[Any, np.dtype[np.int64]]
 
-#: Tokens a run takes at most, of all sequences: attention scores need heads × CHUNK × cache × 4 bytes at once.
+#: Tokens a run takes at most, of all sequences: attention scores need heads × CHUNK × cache × 4 bytes at once, and
+#: logits CHUNK × vocabulary × 4, 300 MB at 150,000 words.
 CHUNK = 512
 
 

@@ -188,6 +188,18 @@ def test_an_engines_program_is_shown_with_the_versions_of_its_environment(setup:
     assert verdict(found(setup)["box-build"]) == ("ok", f"{program}, pluggy {version('pluggy')}")
 
 
+def test_a_program_is_looked_for_beside_the_python_that_the_registry_names(setup: Setup, tmp_path: Path) -> None:
+    python = script(tmp_path, "python3", "exit 1")
+    registry = setup.registry
+    named = replace(registry.engines["boxed"], python=str(python))
+    entries = {**registry.engines.entries, "boxed": named}
+    object.__setattr__(registry, "engines", replace(registry.engines, entries=entries))
+    be(setup, programs={"box-build": "/usr/bin/box-build"})
+    assert verdict(found(setup)["box-build"]) == ("missing", f"not beside {python}")
+    script(tmp_path, "box-build", "")
+    assert found(setup)["box-build"]["found"].startswith(f"{tmp_path / 'box-build'}, ")
+
+
 def test_an_environment_that_does_not_answer_is_said_so(
     setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -135,18 +135,18 @@ def _command(setup: Setup, plan: Plan, stage: Stage) -> list[str] | None:
 
     if stage.name != "stage2" or not plan.engine.programs or not stage.slot:
         return None
-    before = [s for s in reversed(plan.stages[: plan.stages.index(stage)]) if s.slot or s.ready]
-    inputs = tuple(
-        Artifact(s.gives, s.ready.path if s.ready else setup.store.path(s.slot), s.key)  # type: ignore[arg-type]
-        for s in before
-    )
+    inputs = []
+    for before in reversed(plan.stages[: plan.stages.index(stage)]):
+        if before.ready:
+            inputs.append(before.ready)
+        elif before.slot:
+            inputs.append(Artifact(before.gives, setup.store.path(before.slot), before.key))
     cache = setup.store.cache(plan.engine.name)
-    context = StageContext(
-        str(plan.ref), "stage2", stage.options, inputs, setup.store.path(stage.slot), plan.target, cache, plan.ranks
-    )
+    out = setup.store.path(stage.slot)
+    of = StageContext(str(plan.ref), "stage2", stage.options, tuple(inputs), out, plan.target, cache, plan.ranks)
     if plan.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = plan.gpus  # as for the worker that will run it
-    return Host().command(stage.provider, context)
+    return Host().command(stage.provider, of)
 
 
 def title(plan: Plan) -> str:

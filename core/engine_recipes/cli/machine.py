@@ -163,12 +163,12 @@ def _disks(setup: Setup) -> Iterator[dict[str, Any]]:
 def _programs(engine: Engine, facts: Facts) -> Iterator[dict[str, Any]]:
     """Programs of an engine's own, beside those for containers, and the versions of their environment."""
     for name in dict.fromkeys(name for names in engine.programs.values() for name in names):
-        path = facts.programs.get(name)
         if name in machine.PROGRAMS:
             continue
-        if path is None:
-            where = f"neither beside {engine.python} nor" if engine.python else "not"
-            yield _check(name, "missing", f"{where} on the PATH", engine.install)
+        path = availability.program(name, engine.python, facts)
+        if not path:
+            where = f"not beside {engine.python}" if engine.python else "not on the PATH"
+            yield _check(name, "missing", where, engine.install)
             continue
         versions, why = _versions_there(engine, Path(path))
         known = ", ".join(f"{distribution} {version}" for distribution, version in versions.items())

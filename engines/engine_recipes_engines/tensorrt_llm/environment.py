@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine_recipes import MachineError, RecipesError, RequestError
+from engine_recipes import MachineError, RecipesError, RequestError, hub_cache
 
 #: Which image has which release; `{}` is the version.
 IMAGE = "nvcr.io/nvidia/tensorrt-llm/release:{}"
@@ -112,7 +112,7 @@ class Environment:
             # docker reads this as CSV: what holds commas is quoted
             words += ["--gpus", f'"device={",".join(gpus())}"' if gpus() else "all"]
             words += ["--user", f"{os.getuid()}:{os.getgid()}"]
-        cache = hub_cache()
+        cache = hub_cache().absolute()
         settings = {"HOME": "/tmp", "USER": "engine-recipes", "TRTLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1"}
         if cache.is_dir():
             settings |= {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
@@ -245,14 +245,6 @@ class Environment:
 def gpus() -> list[str]:
     """The GPUs that CUDA_VISIBLE_DEVICES leaves to programs, which a container does not inherit; empty: all of them."""
     return [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-
-
-def hub_cache() -> Path:
-    """Where Hugging Face keeps what it fetched."""
-    home = os.environ.get("HF_HOME") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
-    )
-    return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")).absolute()
 
 
 def mounts(read: Iterable[Path], write: Iterable[Path]) -> list[tuple[Path, bool]]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine_recipes import MachineError, RequestError, Sampling
+from engine_recipes import MachineError, RequestError, Sampling, read_manifest
 
 from ..stepping import check_ids
 from .environment import Environment
@@ -171,7 +171,7 @@ def _require_versions(folder: Path, environment: Environment) -> None:
     Raises:
         MachineError: TensorRT-LLM or TensorRT is of another version than where the engine was built.
     """
-    built = _manifest(folder).get("result")
+    built = (read_manifest(folder) or {}).get("result")
     recorded = built.get("versions") if isinstance(built, dict) else None
     if not isinstance(recorded, dict) or not recorded:
         return
@@ -185,17 +185,8 @@ def _require_versions(folder: Path, environment: Environment) -> None:
 
 
 def _built_with(folder: Path) -> Mapping[str, Any]:
-    options = _manifest(folder).get("options")  # built elsewhere: the environment's defaults hold
+    options = (read_manifest(folder) or {}).get("options")  # built elsewhere: the environment's defaults hold
     return options if isinstance(options, dict) else {}
-
-
-def _manifest(folder: Path) -> Mapping[str, Any]:
-    """What the engine's `manifest.json` says; nothing if there is none."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return manifest if isinstance(manifest, dict) else {}
 
 
 def _positive(settings: Mapping[str, Any], name: str, most: float = float("inf")) -> float:

@@ -13,9 +13,10 @@ from ..lowering.decoder import half_precision
 from ..lowering.quantization import cache_dtype
 from ..lowering.shapes import check_shapes
 from ..lowering.weights import is_tied
+from ..stepping import CHUNK
 from .compiling import ENGINE, check_targets, compile_model
 from .inspection import constants
-from .lowering import CHUNK, check_model, lower, weight_bytes
+from .lowering import check_model, lower, weight_bytes
 from .quantized import check_algorithms
 from .settings import Settings, read_settings
 

@@ -17,9 +17,6 @@ OPSET = 24
 #: The cache is of a fixed length, and its memory is taken when the engine is loaded: at most so many tokens unless
 #: the user asks for more.
 LONGEST = 4096
-#: New tokens a step takes at most, of all sequences. Logits are float32 [B, L, vocab_size], 300 MB for 512 tokens of
-#: 150,000 words.
-CHUNK = 512
 
 
 def lower(weights: Checkpoint, folder: Path, compute: str, max_seq_len: int, rounded: str | None = None) -> None:

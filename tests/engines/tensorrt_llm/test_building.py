@@ -162,6 +162,15 @@ def caches(context: StageContext) -> list[Path]:
     return list(context.cache.glob("*.cache"))
 
 
+def built_once(make: Make, context: Context) -> tuple[Path, StageContext, Path]:
+    """A checkpoint that was built before, the context of its next build, and the timing cache that is kept of it."""
+    folder = make()
+    build(context(folder))
+    of = context(folder)
+    (kept,) = caches(of)
+    return folder, of, kept
+
+
 def test_the_timing_cache_grows_from_build_to_build(make: Make, context: Context) -> None:
     folder = make()
     for number in (1, 2, 3):
@@ -176,10 +185,7 @@ def test_the_timing_cache_grows_from_build_to_build(make: Make, context: Context
 
 
 def test_a_corrupt_timing_cache_is_replaced(make: Make, context: Context) -> None:
-    folder = make()
-    build(context(folder))
-    of = context(folder)
-    (kept,) = caches(of)
+    _, of, kept = built_once(make, context)
     kept.write_bytes(b"nonsense")
     build(of)
     assert kept.read_bytes() == b"ptrt1"
@@ -189,10 +195,7 @@ def test_a_corrupt_timing_cache_is_replaced(make: Make, context: Context) -> Non
 def test_a_timing_cache_that_kills_the_tool_is_thrown_away(
     make: Make, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = make()
-    build(context(folder))
-    of = context(folder)
-    (kept,) = caches(of)
+    _, of, kept = built_once(make, context)
     kept.write_bytes(b"nonsense")
     monkeypatch.setenv("STAND_IN_FAILS", "cache")
     said: list[dict[str, Any]] = []
@@ -206,10 +209,7 @@ def test_a_timing_cache_that_kills_the_tool_is_thrown_away(
 def test_a_failure_of_another_kind_leaves_the_timing_cache_alone(
     make: Make, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = make()
-    build(context(folder))
-    of = context(folder)
-    (kept,) = caches(of)
+    folder, of, kept = built_once(make, context)
     for failure, cache in (("oom", b"ptrt1"), ("oom", b"nonsense"), ("SIGKILL", b"nonsense")):
         kept.write_bytes(cache)
         monkeypatch.setenv("STAND_IN_FAILS", failure)
@@ -232,10 +232,7 @@ def test_a_build_does_not_wait_for_ever_for_a_cache_that_others_hold(
     make: Make, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(timing, "_LOCK_SECONDS", 0.1)
-    folder = make()
-    build(context(folder))
-    of = context(folder)
-    (kept,) = caches(of)
+    _, of, kept = built_once(make, context)
     said: list[dict[str, Any]] = []
     with FileLock(f"{kept}.lock"), events.sink(said.append):
         build(of)
