@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import engine_recipes
 from conftest import ROOT, TESTS
 from engine_recipes import hookspecs
 
@@ -64,7 +65,7 @@ def test_built_in_plugins_come_in_by_the_strangers_door() -> None:
         for file in (ROOT / root).rglob("*.py"):
             ours = {module for module in imports(file) if module.partition(".")[0].startswith("engine_recipes")}
             own = file.relative_to(ROOT / root).parts[-2]
-            allowed = {"engine_recipes", "engine_recipes.checkpoint", "engine_recipes.testing"}
+            allowed = {"engine_recipes", *(f"engine_recipes.{name}" for name in engine_recipes._MODULES)}
             assert all(m in allowed or m.startswith((own, "engine_recipes_mistral")) for m in ours), file
 
 

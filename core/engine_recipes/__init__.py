@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import checkpoint as checkpoint, events as events, testing as testing
+    from . import (
+        checkpoint as checkpoint,
+        checks as checks,
+        events as events,
+        rope as rope,
+        stepping as stepping,
+        testing as testing,
+    )
     from .api import Loaded as Loaded, build as build, load as load, plan as plan
     from .decoder import Decoder as Decoder, from_hf as from_hf
     from .errors import (
@@ -70,7 +77,7 @@ _HOME = {
     "StageContext": "types",
     "Verdict": "types",
 }
-_MODULES = ("checkpoint", "events", "testing")
+_MODULES = ("checkpoint", "checks", "events", "rope", "stepping", "testing")
 
 __all__ = [*_HOME, *_MODULES, "__version__"]
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from engine_recipes import Decoder, RequestError
-
-from .rope import inverse_frequencies
+from engine_recipes.rope import inverse_frequencies
 
 
 class Ops(Protocol):

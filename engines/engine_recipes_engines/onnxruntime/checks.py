@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 from engine_recipes import Check
+from engine_recipes.checks import judge_numbers, judge_vocabulary
 
-from ..checks import judge_numbers, judge_vocabulary
 from .runtime import OnnxRuntime
 
 

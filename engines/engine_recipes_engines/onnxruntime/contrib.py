@@ -7,10 +7,10 @@ names that onnxruntime-genai expects.
 from __future__ import annotations
 
 from engine_recipes.checkpoint import Checkpoint
+from engine_recipes.rope import tables
 
 from ..lowering.graph import MICROSOFT, Graph, onnx_dtype
 from ..lowering.operators import CommonOps
-from ..lowering.rope import tables
 from .quantized import QuantizedOps
 
 _END = (1 << 63) - 1

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine_recipes import MachineError, RequestError, StageFailed
+from engine_recipes.stepping import CHUNK, Run, Stepper, choose as choose
 
 from ..lowering.graph import MODEL, ROUNDING
-from ..stepping import CHUNK, Run, Stepper, choose as choose
 
 if TYPE_CHECKING:
-    from ..stepping import Floats, Integers
+    from engine_recipes.stepping import Floats, Integers
 
 _CODES = {"float32": 1, "float16": 10, "bfloat16": 16}  # of onnx.TensorProto
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}
@@ -52,7 +52,7 @@ class OnnxRuntime(Stepper):
         #: types that activations or the cache are rounded to, if the model is quantised so
         self.rounding: list[str] = session.get_modelmeta().custom_metadata_map.get(ROUNDING, "").split()
 
-    def _start(self, length: int, batch: int) -> _Run:
+    def start(self, length: int, batch: int) -> _Run:
         return _Run(self, length, batch)
 
 
@@ -68,7 +68,7 @@ class _Run(Run):
         import numpy as np
 
         super().__init__(batch, runtime.vocab_size, CHUNK)
-        self._session = runtime._session
+        self._session = runtime.session
         self._binding = self._session.io_binding()
         self._device, self._code = runtime._device, _CODES[runtime.compute]
         self._ones = np.ones(batch * length, np.int64)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine_recipes import MachineError, RequestError, Sampling, read_manifest
+from engine_recipes.stepping import check_ids
 
-from ..stepping import check_ids
 from .environment import Environment
 from .link import Link
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from engine_recipes import StageContext, checkpoint, events, require_room
 from engine_recipes.checkpoint import Checkpoint
+from engine_recipes.stepping import CHUNK
 
 from ..lowering.decoder import half_precision
 from ..lowering.quantization import cache_dtype
 from ..lowering.shapes import check_shapes
 from ..lowering.weights import is_tied
-from ..stepping import CHUNK
 from .compiling import ENGINE, check_targets, compile_model
 from .inspection import constants
 from .lowering import check_model, lower, weight_bytes

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from engine_recipes import Check, MachineError, RequestError, StageContext
+from engine_recipes.checks import judge_numbers, judge_vocabulary
 
-from ..checks import judge_numbers, judge_vocabulary
 from ..lowering.graph import MODEL
 from ..lowering.quantization import E4M3
 from .building import lower_again

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from engine_recipes.checkpoint import Checkpoint
+from engine_recipes.rope import tables
 
 from ..lowering.graph import numpy_dtype, onnx_dtype
 from ..lowering.operators import CommonOps
-from ..lowering.rope import tables
 from .quantized import QuantizedOps
 from .rounding import RoundedGraph
 

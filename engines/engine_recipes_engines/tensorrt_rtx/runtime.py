@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine_recipes import RequestError, Sampling
+from engine_recipes.stepping import Run, Stepper
 
 from ..lowering.graph import MODEL
-from ..stepping import Run, Stepper
 from .compiling import ENGINE
 from .session import GraphSession, RtxSession, Session
 from .settings import read_settings
 
 if TYPE_CHECKING:
-    from ..stepping import Floats, Integers
+    from engine_recipes.stepping import Floats, Integers
 
 
 class RtxRuntime(Stepper):
@@ -55,11 +55,11 @@ class RtxRuntime(Stepper):
 
     def close(self) -> None:
         """Give back memory and devices. Safe to call twice."""
-        if self._session is not None:
-            self._session.close()
+        if self.session is not None:
+            self.session.close()
         super().close()
 
-    def _start(self, length: int, batch: int) -> _Run:
+    def start(self, length: int, batch: int) -> _Run:
         return _Run(self, batch)
 
 
@@ -82,7 +82,7 @@ class _Run(Run):
 
     def __init__(self, runtime: RtxRuntime, batch: int) -> None:
         super().__init__(batch, runtime.vocab_size, runtime.settings.chunk)
-        self._session: Session = runtime._session
+        self._session: Session = runtime.session
         self._cache = self._session.cache(batch)
         self._used = 0
 

@@ -22,7 +22,7 @@ from .matching import PAST, PRESENT, check_engine
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from ..stepping import Floats, Integers
+    from engine_recipes.stepping import Floats, Integers
 
 SMALLER = "free GPU memory, or build with a smaller --set build.max_seq_len or build.max_batch_size"
 #: What a cache may hold in ONNX: type -> code of onnx.TensorProto, bytes.

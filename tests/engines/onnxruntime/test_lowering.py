@@ -18,7 +18,7 @@ from engine_recipes.types import Sampling
 from engine_recipes_engines import onnxruntime as engine
 from engine_recipes_engines.lowering.graph import DATA, MODEL
 from engine_recipes_engines.onnxruntime.runtime import OnnxRuntime
-from engines.lowering.test_rope import LLAMA3, YARN
+from test_rope import LLAMA3, YARN
 
 IDS = np.random.default_rng(1).integers(0, 250, 40).tolist()
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -21,9 +21,9 @@ from engine_recipes_engines.lowering.graph import DATA, MODEL, numpy_dtype
 from engine_recipes_engines.onnxruntime.runtime import OnnxRuntime
 from engine_recipes_engines.tensorrt_rtx.lowering import check_model, lower
 from engine_recipes_engines.tensorrt_rtx.quantized import check_algorithms
-from engines.lowering.test_rope import LLAMA3, YARN
 from engines.tensorrt_rtx import made
 from engines.tensorrt_rtx.made import IDS
+from test_rope import LLAMA3, YARN
 
 MAX = 64
 PRECISIONS: dict[str, dict[str, Any]] = {

@@ -75,8 +75,8 @@ def test_prompts_are_fed_in_pieces_that_the_engine_takes(work: Path, tmp_path: P
     (tmp_path / "rtx" / "rtx.json").write_text(json.dumps({**settings, "chunk": chunk}))
     pieces = simulated(tmp_path / "rtx", {})
     fed: list[int] = []
-    run = pieces._session.run
-    pieces._session.run = lambda feeds, *rest: (fed.append(feeds["input_ids"].shape[1]), run(feeds, *rest))
+    run = pieces.session.run
+    pieces.session.run = lambda feeds, *rest: (fed.append(feeds["input_ids"].shape[1]), run(feeds, *rest))
     whole = simulated(work / "rtx", {})
     np.testing.assert_allclose(pieces.logits(IDS), whole.logits(IDS), atol=1e-4)
     assert max(fed) == chunk

@@ -1,4 +1,7 @@
-"""Generation step by step, for engines that are fed tokens and give logits. Knows token ids, no text."""
+"""Generation step by step, for engines that are fed tokens and give logits. Knows token ids, no text.
+
+An engine writes two methods: `Run.feed`, and `Stepper.start`, and has `generate`, `generate_batch`, `logits`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from engine_recipes import RequestError, Sampling
+from .errors import RequestError
+from .types import Sampling
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,15 +61,21 @@ class Run(abc.ABC):
 
 
 class Stepper(abc.ABC):
-    """A loaded engine (see `engine_recipes.Runtime`). Each generation has a cache of its own."""
+    """A loaded engine (see `engine_recipes.Runtime`). Each generation has a cache of its own.
+
+    Attributes:
+        session: what runs, the engine's own; None once it was closed.
+        max_seq_len: most tokens of a prompt and its answer.
+        vocab_size: of the logits.
+    """
 
     def __init__(self, session: Any, max_seq_len: int, vocab_size: int) -> None:
-        self._session = session  # None: closed
+        self.session = session
         self.max_seq_len = max_seq_len
         self.vocab_size = vocab_size
 
     @abc.abstractmethod
-    def _start(self, length: int, batch: int) -> Run:
+    def start(self, length: int, batch: int) -> Run:
         """An empty cache for `batch` sequences of up to `length` tokens."""
 
     def generate(self, prompt: Sequence[int], sampling: Sampling, stop: frozenset[int] = frozenset()) -> Iterator[int]:
@@ -104,7 +114,7 @@ class Stepper(abc.ABC):
         if most < 1:
             return
         randoms = [np.random.default_rng(sampling.seed) for _ in prompts]
-        with closing(self._start(length + most - 1, len(prompts))) as run:
+        with closing(self.start(length + most - 1, len(prompts))) as run:
             rows = run.prefill(np.array(prompts, np.int64))
             for left in reversed(range(most)):
                 tokens = [choose(row, sampling.temperature, random) for row, random in zip(rows, randoms, strict=True)]
@@ -133,7 +143,7 @@ class Stepper(abc.ABC):
 
         self._check(ids)
         found = np.empty((len(ids), self.vocab_size), np.float32)
-        with closing(self._start(len(ids), 1)) as run:
+        with closing(self.start(len(ids), 1)) as run:
             piece = piece or run.piece
             for start in range(0, len(ids), piece):
                 run.feed(np.array([ids[start : start + piece]], np.int64), found[None, start : start + piece])
@@ -141,10 +151,10 @@ class Stepper(abc.ABC):
 
     def close(self) -> None:
         """Give back memory and devices. Safe to call twice."""
-        self._session = None
+        self.session = None
 
     def _check(self, ids: Sequence[int]) -> None:
-        if self._session is None:
+        if self.session is None:
             raise ValueError("this engine was closed")
         check_ids(ids, self.max_seq_len, self.vocab_size)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tiny
-from engine_recipes_engines.lowering import rope
+from engine_recipes import rope
 from engine_recipes_models import llama
 
 LLAMA3 = {

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from engine_recipes import Decoder, RequestError
+from .decoder import Decoder
+from .errors import RequestError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from engine_recipes import Check, Tokenizer, Verdict
-
 from .stepping import Stepper
+from .tokenizer import Tokenizer
+from .types import Check, Verdict
 
 #: Tokens of the sample: some more than a few steps, few enough for a second of work on a small model.
 SAMPLE = 32
