@@ -1,16 +1,27 @@
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings, strategies as st
 
-from conftest import install, package
+from conftest import ROOT, install, package
 from engine_recipes import Ref, RequestError
 from engine_recipes.entries import Owner
 from engine_recipes.registry import Fragment, load, merge
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+OURS = (ROOT / "core" / "engine_recipes" / "registry.toml").read_text()
+TABLE = {key: value for key, value in tomllib.loads(OURS).items() if key != "api"}
+#: Keys that mean something, and some that do not.
+WORDS = sorted({word for word in re.findall(r"[a-z_0-9.-]+", OURS) if len(word) < 30})
 PRECISION = '[precisions.nvfp4]\nmodule = "{module}.nvfp4"\nbits = 4\n'
 
 
@@ -206,3 +217,82 @@ details = "package:broken_pack/engine.toml"
     install(monkeypatch, folder)
     Path("registry.toml").write_text('[models."qwen2.5-7b".settings]\n"build.max_num_tokens" = 3\n')
     assert "broken" in load().engines.entries
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"api = 2\n", "asks for plugin API 2, this is engine-recipes .* with API 1\ninstall a newer engine-recipes"),
+        (b"api = true\n", "asks for plugin API True"),
+        (b"api = 0\n", "asks for plugin API 0"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        (b"x = " + b"[" * 20000, "cannot be read"),
+        (b"x = " + b"9" * 5000, "cannot be read"),
+        (b"[families]\n[families]\n", "cannot be read"),
+        (None, "cannot be read: there is no such file"),
+    ],
+)
+def test_a_fragment_that_is_nonsense_is_a_problem_of_its_package_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: bytes | None, said: str
+) -> None:
+    folder = package(tmp_path / "p", "acme-bad", "")
+    file = folder / "acme_bad" / "registry.toml"
+    file.unlink()
+    if text is None:
+        os.mkfifo(file)  # reading it would wait for ever
+    else:
+        file.write_bytes(text)
+    install(monkeypatch, folder)
+    registry = load()
+    (problem,) = registry.problems
+    assert str(problem.owner) == "acme-bad 0.3"
+    assert re.search(said, problem.text, re.S)
+    assert registry.precisions["fp16"].bits == 16
+
+
+def test_an_entry_point_that_names_our_package_takes_none_of_our_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = package(tmp_path / "p", "acme-copy", "api = 1\n")
+    (folder / "acme_copy-0.3.dist-info" / "entry_points.txt").write_text("[engine_recipes]\nx = engine_recipes\n")
+    install(monkeypatch, folder)
+    registry = load()
+    assert "its entry point names engine-recipes's own package" in registry.problems[0].text
+    assert registry.precisions["fp16"].owner.package == "engine-recipes"
+
+
+@pytest.mark.parametrize(
+    ("kind", "entry"),
+    [("metrics.mean_kl", 'worse = "above"\nhelp = "mine"\n'), ("references.transformers", 'module = "acme"\n')],
+)
+def test_no_package_takes_away_what_builds_are_judged_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_world: Path, kind: str, entry: str
+) -> None:
+    install(monkeypatch, package(tmp_path / "p", "acme-lax", f"api = 1\n[{kind}]\n{entry}"))
+    registry = load()
+    plural, name = kind.split(".")
+    assert getattr(registry, plural)[name].owner.package == "engine-recipes"
+    assert [problem.text for problem in registry.problems] == [f"{kind}: engine-recipes has one of that name"]
+    Path("registry.toml").write_text(f'[prefer]\n"{kind}" = "acme-lax"\n')
+    assert getattr(load(), plural)[name].owner.package == "acme-lax"
+
+
+ALONE_FRAGMENTS = [fragment(TABLE, "engine-recipes")]
+ALONE = merge(ALONE_FRAGMENTS)
+TOML = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(st.sampled_from(WORDS), TOML, max_size=4))
+def test_whatever_an_installed_package_registers_ours_works_as_before(table: dict[str, object]) -> None:
+    table.pop("api", None)
+    alone, together = ALONE, merge([*ALONE_FRAGMENTS, fragment(table)])
+    for before, after in zip(alone.kinds, together.kinds, strict=True):
+        for name, entry in before.entries.items():
+            assert name in after.unusable or repr(after.entries[name]) == repr(entry)
+    assert (repr(alone.gate), repr(alone.defaults)) == (repr(together.gate), repr(together.defaults))
+    assert all(together.aliases[name] == ref for name, ref in alone.aliases.items())

@@ -156,6 +156,67 @@ def test_a_stage_that_leaves_children_behind_takes_them_along(toy_model: Path, m
     assert orphans() == []
 
 
+@pytest.mark.parametrize("action", ["build", "killed"])
+def test_a_daemon_that_left_the_session_is_ended_with_its_stage(
+    toy_model: Path, monkeypatch: pytest.MonkeyPatch, action: str
+) -> None:
+    if action == "build":
+        monkeypatch.setenv("TOY", "stage1 daemon")
+        told: list[Event] = []
+        api.build(REF, listen=told.append)
+        (text,) = [event["text"] for event in told if event["event"] == "warn"]
+        assert text.startswith("stage1 of precision plain (engine-recipes-toy 1.0) left 1 running, which were ended")
+    else:  # the caller dies: the worker ends what it started before it follows
+        monkeypatch.setenv("TOY", "stage1 daemon and sleep")
+        process, _ = sleeping_build()
+        assert orphans()
+        process.kill()
+        process.communicate()
+    deadline = time.monotonic() + 10
+    while orphans() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert orphans() == []
+
+
+def test_a_stage_that_writes_into_its_input_is_stopped_and_the_input_is_as_it_was(
+    toy_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = api.build(REF, how=How(until="stage1")).path("stage1")
+    assert checkpoint is not None
+    before = (checkpoint / "weights.json").read_text()
+    monkeypatch.setenv("TOY", "stage2 trespass")
+    with pytest.raises(
+        StageFailed, match=r"stage2 of engine echo \(engine-recipes-toy 1\.0\) would write to .*weights"
+    ):
+        api.build(REF)
+    assert (checkpoint / "weights.json").read_text() == before
+    monkeypatch.setenv("TOY", "")
+    assert [s.status for s in api.build(REF).stages][:2] == ["cached", "cached"]
+
+
+def test_an_input_that_a_foreign_program_changed_is_made_again(
+    toy_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOY", "stage2 tamper")
+    with pytest.raises(StageFailed, match=r"weights.json was changed while stage2 of engine echo .* read it"):
+        api.build(REF)
+    monkeypatch.setenv("TOY", "")
+    build = api.build(REF)
+    assert [s.status for s in build.stages][:2] == ["cached", "run"]
+    checkpoint = build.path("stage1")
+    assert checkpoint is not None
+    assert not (checkpoint / "weights.json").read_text().endswith("\n")
+
+
+def test_an_artifact_with_a_link_out_of_its_folder_is_not_published(
+    toy_model: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOY", "stage2 link")
+    with pytest.raises(StageFailed, match=r"link\.bin is a link that leads out of the stage's folder"):
+        api.build(REF)
+    assert not list((workspace / "engines").glob("toy*"))
+
+
 @pytest.mark.parametrize("mode", ["fork", "fork and die"])
 def test_a_forked_child_that_holds_the_pipes_does_not_hold_the_build(
     toy_model: Path, monkeypatch: pytest.MonkeyPatch, mode: str

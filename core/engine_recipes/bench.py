@@ -92,6 +92,7 @@ def run(setup: Setup, plan: Plan, settings: Settings, listen: Callable[[Event], 
         "settings": asdict(settings),
         "options": plan.stage("stage2").options,
         "prompts": prompts_for(folder, settings),
+        "protected": [str(place) for place in setup.store.places],
     }
     listen({**stage, "status": "started"})
     measured = launch.call(

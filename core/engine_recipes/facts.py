@@ -141,12 +141,14 @@ def read(requirements: Iterable[str] = (), programs: Iterable[str] = ()) -> Fact
     import platform
     from shutil import which
 
+    from . import distributions
+
     names = {distribution(a) for r in requirements for a in r.split("|")}
     found, cuda = nvidia()
     total, available = memory()
     return Facts(
         gpus=tuple(found),
-        versions={name: version for name in names if (version := _version(name))},
+        versions={name: version for name in names if (version := distributions.version(name))},
         python=platform.python_version(),
         machine=platform.machine(),
         cpus=cpus(),
@@ -155,15 +157,6 @@ def read(requirements: Iterable[str] = (), programs: Iterable[str] = ()) -> Fact
         cuda=cuda,
         programs={name: path for name in (*PROGRAMS, *programs) if (path := which(name))},
     )
-
-
-def _version(name: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def cpus() -> int:

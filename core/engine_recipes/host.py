@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from traceback import StackSummary, TracebackException
 from typing import Any
 
 import pluggy
@@ -37,9 +42,11 @@ class Host:
         if self._manager.has_plugin(provider.module):
             return
         try:
-            module = import_module(provider.module)
-        except (Exception, SystemExit) as error:  # the one guard around foreign code at import
-            raise _unusable(provider, f"{type(error).__name__}: {error}") from error
+            with _time_limit(provider.module):
+                module = import_module(provider.module)
+        except (Exception, SystemExit, _Hangs) as error:  # the one guard around foreign code at import
+            kind = "" if isinstance(error, _Hangs) else f"{type(error).__name__}: "
+            raise _unusable(provider, f"{kind}{error}") from error
         try:
             self._manager.register(module, name=provider.module)
             self._manager.check_pending()
@@ -121,6 +128,55 @@ class Host:
             raise _unusable(provider, f"{provider.module} has no `@hookimpl def {hook}`")
 
         return lambda **arguments: _first(caller(**arguments))
+
+
+def import_problem(provider: Provider) -> str:
+    """Why a provider's module cannot be used: the reason, and the traceback of its own code. Empty if it can."""
+    try:
+        Host([provider])
+    except MachineError as error:
+        lines = [error.message]
+        if cause := error.__cause__:
+            found = TracebackException.from_exception(cause)
+            ours = (__file__, "<frozen importlib", importlib.__file__)
+            found.stack = StackSummary.from_list(
+                [frame for frame in found.stack if not frame.filename.startswith(ours)]
+            )
+            lines.append("".join(found.format(chain=False)).rstrip())
+        return "\n".join(lines)
+    return ""
+
+
+def import_seconds() -> float:
+    """How long the import of a plugin's module may take: `RECIPES_IMPORT_SECONDS`, or 30."""
+    try:
+        return max(float(os.environ.get("RECIPES_IMPORT_SECONDS", "")), 0.1)
+    except ValueError:
+        return 30.0
+
+
+class _Hangs(BaseException):
+    """An import took too long. No Exception: a plugin may catch those."""
+
+
+@contextmanager
+def _time_limit(module: str) -> Iterator[None]:
+    """Interrupt the main thread if the block takes too long; elsewhere signals do not reach, and nothing is done."""
+    seconds = import_seconds()
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def interrupt(sign: int, frame: Any) -> None:
+        raise _Hangs(f"importing {module} took more than {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 _HOOKS = tuple(name for name, hook in vars(hookspecs).items() if hasattr(hook, f"{hookspecs.NAME}_spec"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import IO, Any
 
-from . import errors
+from . import errors, leftovers
 from .events import Event
 
 #: -c rather than -m: the folder the user stands in must not be importable.
@@ -58,12 +59,13 @@ def call(
         RecipesError: what the worker raised.
         StageFailed: it died, or its code has a bug; `output` holds the last lines.
     """
+    mark = secrets.token_hex(16)
     process = subprocess.Popen(
         [sys.executable, "-c", _START, *[p or os.getcwd() for p in sys.path]],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**_ENVIRONMENT, **os.environ, **({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})},
+        env={**_ENVIRONMENT, **os.environ, leftovers.MARK: mark, **({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})},
         start_new_session=True,  # so that one signal reaches the worker's own children too
     )
     assert process.stdin and process.stdout and process.stderr
@@ -75,11 +77,14 @@ def call(
         thread.start()
     try:
         with suppress(BrokenPipeError):  # it died at once: what it printed says why
-            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.write(json.dumps({**request, "what": what}).encode() + b"\n")
             process.stdin.flush()
         final = _listen(process, inbox, listen, last)
     finally:
         stop(process)
+        if left := leftovers.end(mark):
+            names = ", ".join(sorted(set(left)))
+            listen({"event": "warn", "text": f"{what} left {len(left)} running, which were ended: {names}"})
         for thread in (reader, receiver):
             thread.join(timeout=_GRACE)
         with suppress(BrokenPipeError):
@@ -102,9 +107,10 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 def _listen(
     process: subprocess.Popen[bytes], inbox: Queue[Event | None], listen: Callable[[Event], None], last: deque[str]
-) -> Event | None:
-    """Pass events on until the final one. The pipe may stay open in a child that a dead worker forked."""
-    died = 0.0
+) -> Event | str:
+    """Pass events on until the final one; without one, say whose import was going on. The pipe may stay open in a
+    child that a dead worker forked."""
+    died, importing = 0.0, ""
     while True:
         try:
             event = inbox.get(timeout=0.2)
@@ -112,15 +118,18 @@ def _listen(
             if process.poll() is not None:
                 died = died or time.monotonic()
                 if time.monotonic() - died > _GRACE:
-                    return None
+                    return importing
             continue
         if event is None:
             process.wait()
-            return None
+            return importing
         if event["event"] in ("result", "error", "crash"):
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=_GRACE)
             return event
+        if event["event"] == "importing":
+            importing = event["provider"]
+            continue
         if event["event"] in ("log", "output"):
             last.append(event["text"])
         listen(event)
@@ -143,9 +152,10 @@ def _keep(pipe: IO[bytes], log: Path | None, last: deque[str]) -> None:
                     file.write(line)
 
 
-def _answer(what: str, final: Event | None, code: int, output: str, log: Path | None) -> Answer:
+def _answer(what: str, final: Event | str, code: int, output: str, log: Path | None) -> Answer:
     where = f"its whole output: {log}" if log else ""
-    if final is None:
+    if isinstance(final, str):
+        what = f"{what}: importing {final}" if final else what
         raise errors.StageFailed(f"{what} {_died(code)}", f"{_why(code)}{where}", output)
     if final["event"] == "crash":
         raise errors.StageFailed(f"{what} failed: {final['message']}", where, output)

@@ -6,6 +6,7 @@ the same name contest it; the user's and the project's files may change any fiel
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from . import __version__
+from .distributions import advertised
 from .entries import (
     Calibration,
     Defaults,
@@ -39,8 +41,10 @@ else:
     import tomli as tomllib
 
 API = 1
-GROUP = "engine_recipes"
 _OURS = "engine-recipes"
+#: What every build is judged by: a second claim to one of our names takes it from nobody.
+_OURS_STAYS = ("references", "metrics")
+_OUR_FILE = Path(__file__).with_name("registry.toml")
 
 
 @dataclass(frozen=True)
@@ -167,36 +171,19 @@ def load(project: Path | None = None) -> Registry:
     Raises:
         RequestError: our own, the user's or the project's file is wrong; all errors are listed.
     """
-    fragments, problems = [_read(Owner(_OURS, __version__, Path(__file__).with_name("registry.toml")))], []
+    fragments, problems = [_read(Owner(_OURS, __version__, _OUR_FILE))], []
     if os.environ.get("RECIPES_PLUGINS", "1") != "0":
-        for owner in installed():
-            try:
-                fragments.append(_read(owner))
-            except RequestError as error:
-                problems.append(Problem(owner, str(error)))
+        for one in advertised():
+            owner = Owner(one.package, one.version, one.path)
+            if one.problem:
+                problems.append(Problem(owner, one.problem))
+            elif owner.package != _OURS:
+                try:
+                    fragments.append(_read(owner))
+                except RequestError as error:
+                    problems.append(Problem(owner, str(error)))
     fragments += _local_fragments(project)
     return merge(fragments, problems)
-
-
-def installed() -> list[Owner]:
-    """Other packages that advertise a `registry.toml` by an entry point in group `engine_recipes`. Imports none."""
-    from importlib.metadata import entry_points
-
-    owners = {}
-    for point in entry_points(group=GROUP):
-        if point.dist is not None and point.dist.name != _OURS:
-            owners[point.value] = Owner(point.dist.name, point.dist.version, _beside(point.value))
-    return sorted(owners.values(), key=lambda owner: owner.package)
-
-
-def _beside(package: str) -> Path:
-    """`registry.toml` in a top-level package's folder, found without running the package."""
-    from importlib.util import find_spec
-
-    spec = find_spec(package.partition(".")[0])
-    for place in (spec.submodule_search_locations or ()) if spec else ():
-        return Path(place, "registry.toml")
-    return Path(package, "registry.toml")
 
 
 def _local_fragments(project: Path | None) -> list[Fragment]:
@@ -205,22 +192,25 @@ def _local_fragments(project: Path | None) -> list[Fragment]:
     if project is not None and not project.is_file():
         raise RequestError(f"there is no file {project}", "give --registry a registry.toml")
     places = [("your registry.toml", user), ("this project's registry.toml", project or Path("registry.toml"))]
-    ours = Path(__file__).with_name("registry.toml")
     return [
         _read(Owner(name, path=path), is_installed=False)
         for name, path in places
-        if path.is_file() and not path.samefile(ours)
+        if path.is_file() and not path.samefile(_OUR_FILE)
     ]
 
 
 def _read(owner: Owner, is_installed: bool = True) -> Fragment:
     try:
+        if not owner.path.is_file():  # a pipe would be waited for
+            raise FileNotFoundError(errno.ENOENT, "there is no such file")
+        if is_installed and owner.package != _OURS and owner.path.samefile(_OUR_FILE):
+            raise ValueError(f"its entry point names {_OURS}'s own package")
         table = tomllib.loads(owner.path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # of the TOML too
         reason = error.strerror if isinstance(error, OSError) else error
         raise RequestError(f"{owner.path} ({owner}) cannot be read: {reason}", "mend or remove that file") from None
-    api = table.pop("api", API)
-    if not isinstance(api, int) or api > API:
+    api = table.pop("api", 1)
+    if type(api) is not int or not 1 <= api <= API:
         raise RequestError(
             f"{owner.path} ({owner}) asks for plugin API {api}, this is {_OURS} {__version__} with API {API}",
             f"install a newer {_OURS}, or an older {owner.package}",
@@ -341,11 +331,15 @@ class _Merger:
     def kind(self, kind: str, cls: type[E]) -> tuple[dict[str, E], dict[str, RequestError]]:
         entries: dict[str, E] = {}
         unusable: dict[str, RequestError] = {}
-        names = {name: None for _, table in self.tables(kind) for name in table}
-        for name in names:
-            found = [(f, t[name]) for f, t in self.tables(kind) if name in t]
+        tables = self.tables(kind)
+        for name in {name: None for _, table in tables for name in table}:
+            found = [(f, t[name]) for f, t in tables if name in t]
             claims = [(f, t) for f, t in found if f.installed]
             chosen = [c for c in claims if c[0].owner.package == self.prefer.get(f"{kind}.{name}")] or claims
+            if kind in _OURS_STAYS and chosen[1:] and chosen[0][0].owner.package == _OURS:
+                for fragment, _ in chosen[1:]:
+                    self.complain(fragment.owner, f"{kind}.{quote(name)}: {_OURS} has one of that name")
+                chosen = chosen[:1]
             if len(chosen) > 1:
                 unusable[name] = _contested(kind, name, [f.owner for f, _ in chosen])
                 continue

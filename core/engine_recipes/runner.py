@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import __version__, availability, gate, history, portability
-from .errors import Interrupted, RecipesError, Rejected, disk_error
+from .errors import Interrupted, RecipesError, Rejected, StageFailed, disk_error
 from .events import Event
 from .launch import Answer, call
 from .planning import Plan
 from .stages import STAGES, Stage, provider
-from .store import Slot, Store, note, read_json, read_manifest, size_of
+from .store import MANIFEST, Slot, Store, note, read_json, read_manifest, size_of
 from .types import DECODER, HF_CHECKPOINT, Artifact, Findings, Provider, Report, StageContext, StageName
 
 StageStatus = Literal["run", "cached", "skipped", "failed"]
@@ -227,6 +227,7 @@ class _Walk:
             "providers": [asdict(stage.provider) for stage in stages],
             "contexts": [self.context(stage, Path(os.devnull)).as_json() for stage in stages],
             "decoder": str(resolved) if resolved else None,
+            "protected": self.protected(),
         }
         call("checking the plan", request, None, lambda e: self.listen({**e, "stage": first.name}))
         self.imported, self.checked = True, resolved is not None
@@ -248,6 +249,7 @@ class _Walk:
                 "cannot_run": self.plan.cannot_run,
                 "engine_options": self.plan.stage("stage2").options,
             },
+            "protected": self.protected(),
             "architectures": self.plan.family.architectures,
             "source": {
                 "folder": str(located.folder.absolute()),
@@ -257,7 +259,35 @@ class _Walk:
             },
         }
         what = f"{stage.name} of {stage.provider}"
-        return call(what, request, log, lambda e: self.listen({**e, "stage": stage.name}), self.plan.gpus)
+        before = self.content()
+        answer = call(what, request, log, lambda e: self.listen({**e, "stage": stage.name}), self.plan.gpus)
+        if changed := [path for path, state in self.content().items() if state != before.get(path)]:
+            raise self.untrusted(stage, changed[0])
+        return answer
+
+    def protected(self) -> list[str]:
+        """What no stage may write to, but for its own folder: what others made, and the source."""
+        located = self.plan.located
+        return [*map(str, self.store.places), *([str(located.folder.absolute())] if located else [])]
+
+    def content(self) -> dict[Path, tuple[int, int] | None]:
+        """Size and time of change of every file that the inputs consist of; None for one that is gone."""
+        folders = [(a.path, list((read_manifest(a.path) or {}).get("files", ()))) for a in self.artifacts]
+        if self.plan.located:
+            source = self.plan.located.folder
+            folders.append((source, [path.name for path in source.glob("*.safetensors")]))
+        return {folder / name: _state(folder / name) for folder, names in folders for name in names}
+
+    def untrusted(self, stage: Stage, path: Path) -> StageFailed:
+        """A library wrote where Python code is not let: what it wrote to is not what its key says any more."""
+        folder = next((a.path for a in self.artifacts if path.is_relative_to(a.path)), None)
+        if folder and self.store.owns(folder):
+            (folder / MANIFEST).unlink(missing_ok=True)
+        again = "it will be made again" if folder else "fetch or copy it again"
+        return StageFailed(
+            f"{path} was changed while {stage.name} of {stage.provider} read it",
+            f"{again}; if nobody else did it, report this to the authors of {stage.provider.package}",
+        )
 
     def context(self, stage: Stage, out: Path) -> StageContext:
         return StageContext(
@@ -362,6 +392,14 @@ class _Walk:
 
     def tell(self, stage: Stage, what: str, **more: Any) -> None:
         self.listen({"event": "stage", "stage": stage.name, "status": what, "provider": str(stage.provider), **more})
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def _rejected(plan: Plan, report: Report, engine: Path) -> Rejected:

@@ -139,6 +139,15 @@ class Store:
         """What an engine keeps from one build to the next; not made here."""
         return self.workspace / "caches" / engine
 
+    @property
+    def places(self) -> list[Path]:
+        """The folders that hold artifacts."""
+        return [self.workspace / place for place in dict.fromkeys(PLACES.values())]
+
+    def owns(self, folder: Path) -> bool:
+        """Whether an artifact's folder is one of this workspace's."""
+        return folder.parent in self.places
+
     def holds(self, engine: Path) -> bool:
         """Whether an engine's folder is one of this workspace's."""
         return engine.parent == self.workspace / "engines"

@@ -7,6 +7,7 @@ closes and the worker ends with it.
 from __future__ import annotations
 
 import errno
+import faulthandler
 import json
 import os
 import resource
@@ -14,15 +15,19 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from . import events, gate
+from . import events, gate, leftovers
+from .confine import confine
 from .decoder import Decoder
 from .errors import MachineError, RecipesError, StageFailed
-from .host import Host
+from .host import Host, import_problem, import_seconds
 from .types import CALIBRATION, DECODER, HF_CHECKPOINT, TRTLLM_CHECKPOINT, Provider, Report, StageContext
+
+T = TypeVar("T")
+_GRACE = 5.0  # seconds
 
 
 def main() -> None:
@@ -37,6 +42,7 @@ def main() -> None:
 
     call = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    _confine(call)
     code = 1
     with events.sink(send):
         try:
@@ -50,10 +56,22 @@ def main() -> None:
     os._exit(code)  # threads and atexit hooks of foreign libraries must not keep a finished stage alive
 
 
+def _confine(call: Mapping[str, Any]) -> None:
+    """Keep what other stages made from being changed by this one."""
+    contexts = [call["context"]] if "context" in call else call.get("contexts", ())
+    allowed = [Path(context[place]) for context in contexts for place in ("out", "cache")]
+    packages = dict.fromkeys(provider["package"] for provider in call["providers"])
+    confine(call["what"], " or ".join(packages), [Path(path) for path in call.get("protected", ())], allowed)
+
+
 def perform(call: Mapping[str, Any]) -> Any:
     """Do what the call says and return plain data."""
     providers = [Provider(**provider) for provider in call["providers"]]
-    host = Host(providers)
+    if call["action"] == "import":
+        return {provider.module: _watched(provider, import_problem) for provider in providers}
+    host = Host()
+    for provider in providers:
+        _watched(provider, host.load)
     if call["action"] == "check":
         return _check(host, call)
     if call["action"] == "bench":
@@ -69,13 +87,16 @@ def perform(call: Mapping[str, Any]) -> Any:
         return _resolve(host, providers[0], context, call)
     if context.stage == "calibrate":
         host.calibrate(providers[0], context)
+        _check_links(context.out)
         _check_data(context, call["data"])
         return _finish_calibrate(context, call["gives"])
     if context.stage == "stage1":
         host.stage1(providers[0], context)
+        _check_links(context.out)
         return _finish_stage1(context, call["gives"], providers[0])
     if context.stage == "stage2":
         told = host.stage2(providers[0], context)
+        _check_links(context.out)
         _finish_stage2(context)
         return told
     from .gate import measuring
@@ -86,6 +107,17 @@ def perform(call: Mapping[str, Any]) -> Any:
         found = measuring.measure(host, providers, context, call["claims"]).as_json()
     _check_data(context, call["data"])
     return found
+
+
+def _watched(provider: Provider, load: Callable[[Provider], T]) -> T:
+    """Import a provider. The caller learns whose import ends this process; one that hangs and lets no exception through
+    is ended here, and the place printed."""
+    events.emit({"event": "importing", "provider": str(provider)})
+    faulthandler.dump_traceback_later(import_seconds() + _GRACE, exit=True)
+    answer = load(provider)
+    faulthandler.cancel_dump_traceback_later()
+    events.emit({"event": "importing", "provider": ""})
+    return answer
 
 
 def _check(host: Host, call: Mapping[str, Any]) -> None:
@@ -110,6 +142,16 @@ def _resolve(host: Host, provider: Provider, context: StageContext, call: Mappin
     decoder.write(context.out / DECODER)
     (context.out / "source.json").write_text(json.dumps(call["source"], indent=2, sort_keys=True), encoding="utf-8")
     return {"architecture": decoder.architecture, "parameters": decoder.parameters}
+
+
+def _check_links(out: Path) -> None:
+    """That the folder holds all there is of the artifact: it is moved, copied and kept when other things are not."""
+    for path in out.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(out.resolve()):
+            raise StageFailed(
+                f"{path.name} is a link that leads out of the stage's folder, to {path.resolve()}",
+                "report this to the authors of the plugin: files are copied, not linked",
+            )
 
 
 def _check_data(context: StageContext, digests: Mapping[str, str]) -> None:
@@ -177,4 +219,5 @@ def peak_rss_bytes() -> int:
 
 def _die_with_parent() -> None:
     os.read(0, 1)  # returns only when the parent has gone or has closed the pipe to stop us
+    leftovers.end(os.environ.get(leftovers.MARK, ""))
     os.killpg(0, signal.SIGKILL)

@@ -120,10 +120,9 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Columns on stdout, as wide as their widest cell; the last one is not padded."""
     table = [tuple(header), *(tuple(row) for row in rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    for number, row in enumerate(table):
-        cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)]
-        line = "  ".join([*cells, row[-1]]).rstrip()
-        click.echo(style(line, bold=True) if number == 0 else line)
+    form = "  ".join([*(f"{{:{width}}}" for width in widths[:-1]), "{}"])
+    first, *others = (form.format(*row).rstrip() for row in table)
+    click.echo("\n".join([style(first, bold=True), *others]))
 
 
 def confirm(text: str, yes: bool) -> bool:

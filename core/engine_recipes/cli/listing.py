@@ -244,38 +244,3 @@ def _running(data: Mapping[str, int]) -> str:
     words = {"memory": "of memory", "gpu_memory": "of GPU memory"}
     sizes = ", ".join(f"about {human_bytes(data[name])} {text}" for name, text in words.items() if name in data)
     return f"{sizes}, with {data['tokens']:,} tokens in the cache" if data else "not known"
-
-
-@click.command("plugins")
-@json_option
-@place_options
-def plugins_command(as_json: bool, setup: Setup) -> None:
-    """Installed packages and what each adds."""
-    registry = setup.registry
-    rows = []
-    for owner in registry.owners:
-        adds = {
-            names.kind: [name for name, entry in names.entries.items() if entry.owner is owner]
-            for names in registry.kinds
-        }
-        problems = [problem.text for problem in registry.problems if problem.owner is owner]
-        rows.append(
-            {"package": owner.package, "version": owner.version, "path": str(owner.path), **adds, "problems": problems}
-        )
-    for problem in registry.problems:
-        if problem.owner not in registry.owners:  # its file could not be read at all
-            rows.append(
-                {"package": problem.owner.package, "version": problem.owner.version, "path": str(problem.owner.path)}
-                | {names.kind: [] for names in registry.kinds}
-                | {"problems": [problem.text]}
-            )
-    if as_json:
-        print_json({"schema": 1, "plugins": rows})
-        return
-    for row in rows:
-        click.echo(style(f"{row['package']} {row['version']}".strip(), bold=True) + f"  {row['path']}")
-        for kind in ("families", "calibrations", "precisions", "engines", "references", "metrics", "models"):
-            if row[kind]:
-                click.echo(f"  {kind:<12} {', '.join(row[kind])}")
-        for text in row["problems"]:
-            click.echo(f"  {style('problem', fg='red')}     {text}")

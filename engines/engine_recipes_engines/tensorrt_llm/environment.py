@@ -34,6 +34,8 @@ for name, spellings in json.loads(sys.argv[1]).items():
             pass
 print(json.dumps(found))
 """
+#: Marks what a stage started, and so what is ended with it.
+_MARK = "RECIPES_STAGE"
 #: Waits until nobody holds its stdin any more, and then, unless it was told that all is well, ends a container.
 _GUARD = """
 import subprocess, sys, time
@@ -234,7 +236,8 @@ class Environment:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # what ends our process group must not end this
+            start_new_session=True,  # what ends our process group must not end this,
+            env={name: value for name, value in os.environ.items() if name != _MARK},  # nor what ends leftovers
         )
         assert guard.stdin
         with guard:  # closes its stdin and waits

@@ -25,6 +25,15 @@ def misbehave(context) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(context.out / "half.bin"))
     if mode == "orphan":
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)  # orphan of the toy"])
+    if mode.startswith("daemon"):
+        words = [sys.executable, "-c", "import time; time.sleep(600)  # orphan of the toy"]
+        subprocess.Popen(words, start_new_session=True)
+    if mode == "trespass":
+        (context.inputs[0].path / "weights.json").write_text("{}")
+    if mode == "tamper":  # by another program: what a C library does looks the same
+        subprocess.run(["sh", "-c", 'echo >> "$0"', str(context.inputs[0].path / "weights.json")], check=True)
+    if mode == "link":
+        (context.out / "link.bin").symlink_to(context.inputs[0].path / "weights.json")
     if mode == "fork" and os.fork() == 0:  # the child keeps all pipes open
         os.setsid()
         time.sleep(15)
@@ -33,6 +42,6 @@ def misbehave(context) -> None:
         if os.fork() == 0:
             time.sleep(600)
         os.kill(os.getpid(), signal.SIGKILL)
-    if mode == "sleep":
+    if mode.endswith("sleep"):
         events.warn(f"sleeping in {os.getpid()}")
         time.sleep(600)

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from conftest import install, package
+from engine_recipes import distributions, registry
+
+
+def test_versions_are_those_that_pip_wrote() -> None:
+    for name in ("click", "numpy", "engine-recipes", "ml_dtypes"):
+        assert distributions.version(name) == version(name)
+    assert distributions.version("not-installed-anywhere") is None
+    assert distributions.version("") is None
+
+
+def test_a_version_in_the_description_is_not_the_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = package(tmp_path, "acme-readme", "")
+    (folder / "acme_readme-0.3.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: acme-readme\nVersion: 0.3\nLicense: some\n  Version: 8\n\nVersion: 9\n"
+    )
+    install(monkeypatch, folder)
+    assert distributions.version("acme-readme") == "0.3"
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        "[engine_recipes]\nx = \n",
+        "[engine_recipes]\nx = not.there.at:all\n",
+        "[engine_recipes]\nx = ../../etc\n",
+        "[engine_recipes]\nx = __main__\n",
+        "[engine_recipes]\nno equals sign\n",
+        "[engine_recipes\nx = y\n",
+        "\0\0",
+    ],
+)
+def test_an_entry_point_that_is_nonsense_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, points: str
+) -> None:
+    install(monkeypatch, package(tmp_path / "good", "acme-good", "api = 1\n"))
+    bad = package(tmp_path / "bad", "acme-bad", "api = 1\n")
+    (bad / "acme_bad-0.3.dist-info" / "entry_points.txt").write_text(points)
+    install(monkeypatch, bad)
+    assert "acme-good" in [one.package for one in distributions.advertised()]
+    assert registry.load().precisions["fp16"].name == "fp16"
+
+
+def test_a_damaged_entry_point_is_a_problem_of_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = package(tmp_path / "bad", "acme-bad", "api = 1\n")
+    (bad / "acme_bad-0.3.dist-info" / "entry_points.txt").write_text("[engine_recipes]\nno equals sign\n")
+    install(monkeypatch, bad)
+    (problem,) = registry.load().problems
+    assert str(problem.owner) == "acme-bad 0.3"
+    assert "entry_points.txt cannot be read" in problem.text
+
+
+def test_bytes_that_are_no_text_hide_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, package(tmp_path / "good", "acme-good", "api = 1\n"))
+    for i, file in enumerate(("entry_points.txt", "METADATA")):
+        bad = package(tmp_path / f"bad{i}", f"acme-bad{i}", "api = 1\n")
+        (bad / f"acme_bad{i}-0.3.dist-info" / file).write_bytes(b"\xff\xfe[engine_recipes]\xff")
+        install(monkeypatch, bad)
+    assert "acme-good" in [one.package for one in distributions.advertised()]
+
+
+def test_an_installation_without_metadata_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, package(tmp_path / "good", "acme-good", "api = 1\n"))
+    bad = package(tmp_path / "bad", "acme-bad", "api = 1\n")
+    (bad / "acme_bad-0.3.dist-info" / "METADATA").unlink()
+    install(monkeypatch, bad)
+    found = [one.package for one in distributions.advertised()]
+    assert "acme-good" in found
+    assert "" not in found
+
+
+def test_a_finder_that_raises_hides_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Finder:
+        @staticmethod
+        def find_spec(name: str, *_: object) -> None:
+            if name == "acme_bad":
+                raise ZeroDivisionError
+
+    import sys
+
+    install(monkeypatch, package(tmp_path / "good", "acme-good", "api = 1\n"))
+    install(monkeypatch, package(tmp_path / "bad", "acme-bad", "api = 1\n"))
+    monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+    assert {"acme-good", "acme-bad"} <= {one.package for one in distributions.advertised()}
