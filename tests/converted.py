@@ -6,12 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import different
 import tiny
 from engine_recipes import Decoder
 from engine_recipes.checkpoint import SourceCheckpoint, convert, open_source
 from engine_recipes_models import llama, qwen
 
-FAMILIES = {"LlamaForCausalLM": llama, "Qwen2ForCausalLM": qwen, "Qwen3ForCausalLM": qwen}
+FAMILIES = {
+    "LlamaForCausalLM": llama,
+    "Qwen2ForCausalLM": qwen,
+    "Qwen3ForCausalLM": qwen,
+    "GemmaForCausalLM": different,
+    "Phi3ForCausalLM": different,
+}
 
 
 def resolve(folder: Path) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+import different
 import tiny
 from engine_recipes import Artifact, Decoder, StageContext, checkpoint
 from engine_recipes_engines import onnxruntime as engine
@@ -29,7 +30,7 @@ def write_lively(folder: Path, arch: str = "llama", **changes: Any) -> Path:
 def describe(hf: Path) -> Decoder:
     """What the model's family says it is."""
     config = json.loads((hf / "config.json").read_text())
-    family = llama if config["model_type"] == "llama" else qwen
+    family = {"llama": llama, "gemma": different, "phi3": different}.get(config["model_type"], qwen)
     return family.resolve_checkpoint(config)
 
 
@@ -67,8 +68,6 @@ def build(
 def reference(hf: Path, ids: list[int]) -> Array:
     """transformers' logits in float32, [len(ids), vocabulary]."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
     with torch.no_grad():
-        return np.asarray(model(torch.tensor([ids])).logits[0].numpy())
+        return np.asarray(different.model(hf)(torch.tensor([ids])).logits[0].numpy())

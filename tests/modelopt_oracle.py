@@ -23,7 +23,7 @@ Array = np.ndarray[Any, Any]
 Model = torch.nn.Module
 
 #: What `export_tensorrt_llm_checkpoint` calls the decoder, by `model_type`.
-DECODERS = {"llama": "llama", "qwen2": "qwen", "qwen3": "qwen"}
+DECODERS = {"llama": "llama", "qwen2": "qwen", "qwen3": "qwen", "gemma": "gemma"}
 _ROWS, _LENGTH, _SEED = 4, 24, 7
 
 

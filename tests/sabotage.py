@@ -31,6 +31,7 @@ PRECISIONS = {
     "bfloat16": ("", 16.0),
     "W8A16": ("W8A16", 16.0),
     "fp8": ("FP8", 8.0),
+    "int8": ("W8A8_SQ_PER_CHANNEL", 8.0),
     "int4": ("W4A16_AWQ", 4.25),
 }
 #: Large enough for groups of 64 over two ranks.
@@ -89,11 +90,36 @@ def good(
             kept = checkpoint.read_statistics(made.calibration)
             choices: dict[str, Any] = {"group_size": 64, "tp_size": tp_size, "pp_size": pp_size, "kv_cache": kv}
             checkpoint.quantize(source, made.checkpoint, kept, made.algorithm, **choices)  # type: ignore[arg-type]
+        elif precision == "int8":
+            quantise = smoothed(checkpoint.read_statistics(made.calibration))
+            checkpoint.quantize_linears(
+                source, made.checkpoint, made.algorithm, quantise, tp_size=tp_size, pp_size=pp_size
+            )
         else:
             dtype: Any = "float16" if precision == "W8A16" else precision
             weight_only: Any = made.algorithm or None
             checkpoint.convert(source, made.checkpoint, dtype, tp_size, pp_size, weight_only)
     return made
+
+
+def smoothed(statistics: checkpoint.Statistics) -> Callable[[checkpoint.Linear], dict[str, Any]]:
+    """SmoothQuant of one linear layer, by `pre_quant_scale` and `channel_amax`."""
+
+    def quantise(linear: checkpoint.Linear) -> dict[str, Any]:
+        vectors = [statistics.vector(f"{name}.pre_quant_scale") for name in linear.sources]
+        scale = np.mean(vectors, axis=0).astype(linear.dtype)
+        inputs = [statistics.vector(f"{name}.channel_amax") * scale.astype(np.float32) for name in linear.sources]
+        weight = linear.weight.astype(np.float32) / scale.astype(np.float32)
+        steps = np.abs(weight).max(axis=1) / np.float32(127)
+        steps[steps == 0] = 1
+        return {
+            "weight": np.rint(weight / steps[:, None]).astype(np.int8),
+            "weights_scaling_factor": steps,
+            "activation_scaling_factor": np.array([np.max(inputs) / 127], np.float32),
+            "prequant_scaling_factor": scale,
+        }
+
+    return quantise
 
 
 def _statistics(source: checkpoint.SourceCheckpoint, random: np.random.Generator) -> dict[str, Any]:
@@ -103,6 +129,7 @@ def _statistics(source: checkpoint.SourceCheckpoint, random: np.random.Generator
         if "_proj.weight" in name:
             found[f"{linear}.input_amax"] = random.uniform(1, 20, 1)
             found[f"{linear}.pre_quant_scale"] = random.uniform(0.7, 1.4, info.shape[1])
+            found[f"{linear}.channel_amax"] = np.random.default_rng(info.nbytes).uniform(1, 20, info.shape[1])
         if name.endswith(("k_proj.weight", "v_proj.weight")):
             found[f"{linear}.cache_amax"] = random.uniform(2, 30, 1)
     return found
@@ -183,8 +210,7 @@ def permute_layer(folder: Path, layer: int = 1) -> None:
     """One layer's mlp.fc with its rows in another order, two by two."""
     with tensors(folder) as held:
         module = f"transformer.layers.{layer}.mlp.fc"
-        weight = held[f"{module}.weight"]
-        rows = len(weight) * (2 if weight.dtype == torch.int8 else 1)
+        rows = len(held[f"{module}.weight"]) * (2 if _is_packed(held, module) else 1)
         _order_rows(held, module, torch.arange(rows).reshape(-1, 2).roll(1, 0).reshape(-1))
 
 
@@ -220,13 +246,13 @@ def norms_one(folder: Path) -> None:
 
 
 def nan_in_one(folder: Path, layer: int = 1) -> None:
-    """One NaN in one layer's mlp.fc: in a weight, or in a scale of int4."""
+    """One NaN in one layer's mlp.fc: in a weight, or in a scale of whole numbers."""
     with tensors(folder) as held:
         name = f"transformer.layers.{layer}.mlp.fc.weight"
         if held[name].dtype == torch.int8:
             name = name.replace(".weight", ".weights_scaling_factor")
         changed = held[name].float()
-        changed[3, 1] = torch.nan
+        changed[(3, 1)[: changed.dim()]] = torch.nan
         held[name] = changed.to(held[name].dtype)
 
 
@@ -248,10 +274,11 @@ def head_int8(folder: Path) -> None:
 
 
 def layer_left_plain(folder: Path, layer: int = 1) -> None:
-    """One layer's FP8 mlp.proj stored in 16 bits; no exclude_modules says so."""
+    """One layer's mlp.proj, FP8 or int8, stored in 16 bits; no exclude_modules says so."""
     with config(folder) as found, tensors(folder) as held:
         module = f"transformer.layers.{layer}.mlp.proj"
-        weight = held[f"{module}.weight"].float() * held.pop(f"{module}.weights_scaling_factor")
+        scale = held.pop(f"{module}.weights_scaling_factor").reshape(-1, 1)
+        weight = held[f"{module}.weight"].float() * scale * held.pop(f"{module}.prequant_scaling_factor", 1)
         held[f"{module}.weight"] = weight.to(getattr(torch, found["dtype"]))
         del held[f"{module}.activation_scaling_factor"]
 
@@ -306,6 +333,12 @@ def negative_scale(folder: Path, layer: int = 1) -> None:
         held[f"transformer.layers.{layer}.mlp.proj.activation_scaling_factor"] *= -1
 
 
+def no_activation_scale(folder: Path, layer: int = 1) -> None:
+    """One layer without the scale of its inputs."""
+    with tensors(folder) as held:
+        del held[f"transformer.layers.{layer}.mlp.proj.activation_scaling_factor"]
+
+
 # --- beside an engine ---------------------------------------------------------------------------------------------
 
 
@@ -323,11 +356,18 @@ def _change(folder: Path, ending: str, how: Callable[[Tensor], Tensor]) -> None:
         held |= {name: how(tensor) for name, tensor in held.items() if name.endswith(ending)}
 
 
+def _is_packed(held: Tensors, module: str) -> bool:
+    """Whether it is int4: two rows to a byte, and a scale for each group."""
+    scale = held.get(f"{module}.weights_scaling_factor")
+    return scale is not None and scale.dim() == 2
+
+
 def _order_rows(held: Tensors, module: str, order: Tensor) -> None:
-    """Rows of a linear layer in another order, scales of groups with them. Int4 moves two rows at a time."""
+    """Rows of a linear layer in another order, their scales with them. Int4 moves two rows at a time."""
+    packed = _is_packed(held, module)
     for name in (f"{module}.weight", f"{module}.weights_scaling_factor"):
         tensor = held.get(name)
-        if tensor is None or tensor.dim() < 2:
+        if tensor is None or tensor.numel() == 1:
             continue
-        rows = order[::2] // 2 if tensor.dtype == torch.int8 else order
-        held[name] = tensor.view(torch.uint8)[rows].view(tensor.dtype)
+        rows = order[::2] // 2 if packed and tensor.dtype == torch.int8 else order
+        held[name] = tensor.view(torch.uint8).view(len(tensor), -1)[rows].view(tensor.dtype).view(tensor.shape)

@@ -2,7 +2,8 @@
 
 `write(folder, "qwen2", num_hidden_layers=1)` leaves `config.json` and safetensors in `folder`. `GOLDEN` names the
 models whose conversion by NVIDIA's code is recorded in `tests/data/golden`. Every weight is
-`(randint(0, 65536) - 32768) / 2**19` from numpy's frozen MT19937 stream, seeded by the tensor's name; norms add 1.
+`(randint(0, 65536) - 32768) / 2**19` from numpy's frozen MT19937 stream, seeded by the tensor's name; norms add 1,
+but for Gemma's, which add it when they run.
 """
 
 from __future__ import annotations
@@ -70,6 +71,30 @@ _QWEN3 = {
 }
 #: A tiny model's `config.json` by architecture, for `write`.
 CONFIGS: dict[str, dict[str, Any]] = {"llama": _LLAMA, "qwen2": _QWEN2, "qwen3": _QWEN3}
+_GEMMA = {
+    **_COMMON,
+    "architectures": ["GemmaForCausalLM"],
+    "model_type": "gemma",
+    "head_dim": 32,
+    "hidden_act": "gelu_pytorch_tanh",
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "vocab_size": 256,
+}
+#: Rope turns half of each head. transformers' Phi3 has this decoder, and stores its weights fused.
+_PARTIAL = {
+    **_LLAMA,
+    "architectures": ["Phi3ForCausalLM"],
+    "model_type": "phi3",
+    "head_dim": 32,
+    "hidden_size": 128,
+    "pad_token_id": 0,
+    "partial_rotary_factor": 0.5,
+}
+#: Models whose decoder differs from Llama's, see `different.resolve_checkpoint`.
+DIFFERENT: dict[str, dict[str, Any]] = {"gemma": _GEMMA, "partial": _PARTIAL}
 #: Golden model -> (architecture, changes to its config, number of shards).
 GOLDEN: dict[str, tuple[str, dict[str, Any], int]] = {
     "llama_gqa_untied": ("llama", {"rope_theta": 500000.0, "num_hidden_layers": 4}, 2),
@@ -91,7 +116,7 @@ GOLDEN: dict[str, tuple[str, dict[str, Any], int]] = {
 
 def config(arch: str = "llama", **changes: Any) -> dict[str, Any]:
     """The config.json of a tiny model. `changes` replace keys."""
-    return {**CONFIGS[arch], **changes}
+    return {**CONFIGS, **DIFFERENT}[arch] | changes
 
 
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -126,20 +151,20 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def tensor(name: str, shape: tuple[int, ...], dtype: str, seed: int = SEED) -> np.ndarray[Any, Any]:
-    """One seeded tensor, |value| <= 1/16 (norm weights: 1 + value), rounded to `dtype` to nearest even."""
+def tensor(name: str, shape: tuple[int, ...], dtype: str, seed: int = SEED, centre: float = 1) -> np.ndarray[Any, Any]:
+    """One seeded tensor, |value| <= 1/16 (norm weights: centre + value), rounded to `dtype` to nearest even."""
     stream = np.random.RandomState(zlib.crc32(f"{seed}:{name}".encode()))
     integers = stream.randint(0, 65536, size=shape, dtype=np.int64) - 32768
     value = integers.astype(np.float32) / np.float32(2**19)
     if name.endswith("norm.weight"):
-        value = np.float32(1) + value
+        value = np.float32(centre) + value
     return np.ascontiguousarray(value).astype(getattr(ml_dtypes, dtype, dtype))
 
 
 def tensors(config: dict[str, Any], seed: int = SEED) -> dict[str, np.ndarray[Any, Any]]:
     """All tensors of a config, in the dtype that it names."""
-    dtype = config["torch_dtype"]
-    return {name: tensor(name, shape, dtype, seed) for name, shape in shapes(config).items()}
+    dtype, centre = config["torch_dtype"], 0 if config["model_type"] == "gemma" else 1
+    return {name: tensor(name, shape, dtype, seed, centre) for name, shape in shapes(config).items()}
 
 
 def save(path: Path, arrays: dict[str, np.ndarray[Any, Any]]) -> Path:
@@ -162,7 +187,7 @@ def write(
 
     Args:
         folder: made if needed.
-        arch: a key of CONFIGS.
+        arch: a key of CONFIGS or DIFFERENT.
         shards: number of weight files; above 1 there is a `model.safetensors.index.json`.
         dtype: of the weights, `bfloat16` unless said.
         seed: of the weights.

@@ -49,7 +49,7 @@ class Decoder:
         heads, kv_heads: query heads and key/value heads; heads is a multiple of kv_heads.
         head_size: elements of one head. Not always hidden_size / heads.
         max_positions: longest sequence the rope settings are meant for, in tokens.
-        activation: Hugging Face name, `silu`.
+        activation: Hugging Face name, `silu` or `gelu_pytorch_tanh`; an engine may know fewer, or more.
         norm_epsilon: added to the mean square inside each RMS norm.
         rope_theta: base of the rotary frequencies (`rotary_base` in TensorRT-LLM).
         rope_scaling: as in the Hugging Face config with `rope_type` named, or None.
@@ -57,6 +57,10 @@ class Decoder:
         qk_norm: RMS norm over each head of q and k, before rope.
         tied: the output head is the embedding table.
         dtype: of the source weights: `float32`, `float16`, `bfloat16`.
+        embedding_scale: rows of the embedding table are multiplied by it; the head that shares the table is not.
+        norm_offset: what the RMS norms add to their stored weights, 1 for those that learn what differs from 1. It is
+            added when a checkpoint is made: a checkpoint's own norms are plain, and its decoder says 0.
+        rotary_size: how many elements of each head, its first, rope rotates; even. 0: all. See `rotated`.
         names: Hugging Face tensor names by role, see HF_NAMES.
         config: keys this family adds to TensorRT-LLM's config.json.
     """
@@ -80,6 +84,9 @@ class Decoder:
     qk_norm: bool = False
     tied: bool = False
     dtype: str = "bfloat16"
+    embedding_scale: float = 1.0
+    norm_offset: float = 0.0
+    rotary_size: int = 0
     names: Mapping[str, str] = field(default_factory=lambda: dict(HF_NAMES))
     config: Mapping[str, Json] = field(default_factory=dict)
 
@@ -96,6 +103,11 @@ class Decoder:
         mlp = 3 * h * m + (2 * m + h) * self.mlp_bias
         tables = self.vocab_size * h * (1 if self.tied else 2)
         return self.layers * (attention + mlp + 2 * h) + tables + h
+
+    @property
+    def rotated(self) -> int:
+        """How many elements of each head rope rotates; never 0."""
+        return self.rotary_size or self.head_size
 
     def write(self, path: Path) -> None:
         """Write as JSON."""
@@ -122,6 +134,7 @@ def from_hf(config: Mapping[str, Json], /, **differences: Any) -> Decoder:
     _refuse(config)
     heads = _integer(config, "num_attention_heads")
     hidden = _integer(config, "hidden_size")
+    head_size = _integer(config, "head_dim", hidden // heads)
     theta, scaling = rope_settings(config)
     fields: dict[str, Any] = {
         "architecture": architecture_of(config),
@@ -131,7 +144,7 @@ def from_hf(config: Mapping[str, Json], /, **differences: Any) -> Decoder:
         "layers": _integer(config, "num_hidden_layers"),
         "heads": heads,
         "kv_heads": _integer(config, "num_key_value_heads", heads),
-        "head_size": _integer(config, "head_dim", hidden // heads),
+        "head_size": head_size,
         "max_positions": _integer(config, "max_position_embeddings"),
         "activation": config.get("hidden_act", "silu"),
         "norm_epsilon": _number(config, "rms_norm_eps"),
@@ -142,6 +155,7 @@ def from_hf(config: Mapping[str, Json], /, **differences: Any) -> Decoder:
         "mlp_bias": bool(config.get("mlp_bias", False)),
         "tied": bool(config.get("tie_word_embeddings", False)),
         "dtype": str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        "rotary_size": _rotary_size(config, head_size),
     }
     fields.update(differences)
     fields["names"] = {**HF_NAMES, **differences.get("names", {})}
@@ -165,10 +179,13 @@ def rope_settings(config: Mapping[str, Json]) -> tuple[float, dict[str, Json] | 
     """Rope base and scaling from either layout: transformers 4 and 5 keep them in different places.
 
     Never falls back to 10000: a base that is silently wrong costs 10 % perplexity on short text and ruins
-    generation (see docs/checkpoint-format.md).
+    generation (see docs/reference/checkpoint-format.md).
     """
-    parameters = config.get("rope_parameters")
-    scaling = dict(parameters if parameters is not None else config.get("rope_scaling") or {})
+    key = "rope_scaling" if config.get("rope_parameters") is None else "rope_parameters"
+    if not isinstance(config.get(key) or {}, Mapping):
+        raise RequestError(f"config.json: {key} is {config[key]!r}", "it is an object, or null")
+    scaling = dict(config.get(key) or {})
+    scaling.pop("partial_rotary_factor", None)  # it is `rotary_size`
     theta = scaling.pop("rope_theta", None)
     theta = config.get("rope_theta") if theta is None else theta
     if not isinstance(theta, (int, float)) or isinstance(theta, bool) or not 1 < theta < 1e300:
@@ -200,14 +217,26 @@ def _refuse(config: Mapping[str, Json]) -> None:
                 f"config.json says {key} = {config[key]!r}: a mixture of experts",
                 "only dense decoders are supported",
             )
+
+
+def _rotary_size(config: Mapping[str, Json], head_size: int) -> int:
+    """Elements of each head that `partial_rotary_factor` leaves to rope, as transformers counts them; 0 for all."""
     parameters = config.get("rope_parameters")  # transformers 5 keeps it there
     partial = (parameters if isinstance(parameters, Mapping) else {}).get("partial_rotary_factor")
     partial = config.get("partial_rotary_factor") if partial is None else partial
-    if partial not in (None, 1):
+    if partial is None:
+        return 0
+    if not isinstance(partial, (int, float)) or isinstance(partial, bool) or not 0 < partial <= 1:
         raise RequestError(
-            f"config.json says partial_rotary_factor = {partial!r}",
-            "only decoders that rotate whole heads are supported",
+            f"config.json says partial_rotary_factor = {partial!r}", "it is a share of each head, above 0 and at most 1"
         )
+    size = int(head_size * partial)
+    if size < 2 or size % 2:
+        raise RequestError(
+            f"config.json says partial_rotary_factor = {partial!r}: {size} of each head's {head_size} elements",
+            "rope turns pairs: an even number of at least 2 is needed",
+        )
+    return size if size < head_size else 0
 
 
 def _check(decoder: Decoder) -> None:
@@ -219,6 +248,16 @@ def _check(decoder: Decoder) -> None:
         )
     if d.head_size % 2:
         raise RequestError(f"rope needs an even head size, this is {d.head_size}", "config.json is wrong or damaged")
+    if not (0 <= d.rotary_size <= d.head_size) or d.rotary_size % 2:
+        raise RequestError(
+            f"rope is to rotate {d.rotary_size} of each head's {d.head_size} elements",
+            "an even number, at most all of them, is needed",
+        )
+    if not 0 < d.embedding_scale < 1e300 or not abs(d.norm_offset) < 1e300:
+        raise RequestError(
+            f"embedding_scale is {d.embedding_scale} and norm_offset {d.norm_offset}",
+            "finite numbers are needed, the scale above 0",
+        )
     if d.dtype not in ("float32", "float16", "bfloat16"):
         raise RequestError(f"weights of dtype {d.dtype!r}", "convert the source to float32, float16 or bfloat16 first")
 

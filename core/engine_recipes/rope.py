@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def tables(decoder: Decoder, positions: int) -> tuple[Array, Array]:
-    """Cosine and sine of every angle, both float32 [positions, head_size / 2].
+    """Cosine and sine of every angle, both float32 [positions, rotated / 2].
 
     Angles are computed in float64, since at position 100,000 float32 is off by 0.004 radians.
 
@@ -26,12 +26,12 @@ def tables(decoder: Decoder, positions: int) -> tuple[Array, Array]:
     import numpy as np
 
     frequencies, amplitude = inverse_frequencies(decoder)
-    angles = np.outer(np.arange(positions, dtype=np.float64), frequencies)  # [positions, head_size / 2]
+    angles = np.outer(np.arange(positions, dtype=np.float64), frequencies)  # [positions, rotated / 2]
     return (amplitude * np.cos(angles)).astype(np.float32), (amplitude * np.sin(angles)).astype(np.float32)
 
 
 def inverse_frequencies(decoder: Decoder) -> tuple[Array, float]:
-    """Radians a position advances, float64 [head_size / 2], and the factor on cosine and sine.
+    """Radians a position advances, float64 [rotated / 2], and the factor on cosine and sine.
 
     Formulas: transformers' `modeling_rope_utils` (`_compute_default_rope_parameters`, `_compute_linear…`,
     `_compute_llama3…`, `_compute_yarn…`); llama3 is Meta's `apply_scaling` in llama-models.
@@ -41,7 +41,7 @@ def inverse_frequencies(decoder: Decoder) -> tuple[Array, float]:
     """
     import numpy as np
 
-    half = np.arange(0, decoder.head_size, 2, dtype=np.float64) / decoder.head_size
+    half = np.arange(0, decoder.rotated, 2, dtype=np.float64) / decoder.rotated
     plain = decoder.rope_theta**-half
     scaling = decoder.rope_scaling
     if scaling is None:
@@ -74,7 +74,7 @@ def _yarn(plain: Array, scaling: Mapping[str, Any], decoder: Decoder) -> tuple[A
 
     factor = _setting(scaling, "factor")
     context = _setting({"original_max_position_embeddings": decoder.max_positions, **scaling}, _ORIGINAL)
-    size, base = decoder.head_size, decoder.rope_theta
+    size, base = decoder.rotated, decoder.rope_theta
 
     def pair_that_turns(turns: float) -> float:  # within the original context
         return size * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(base))

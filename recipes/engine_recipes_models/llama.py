@@ -5,22 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from engine_recipes import Decoder, RequestError, from_hf, hookimpl
-
-#: What TensorRT-LLM's LLaMAConfig writes beyond the keys of every decoder. Neutral values: plain Llama.
-CONFIG = {
-    "residual_mlp": False,
-    "remove_duplicated_kv_heads": False,
-    "fc_after_embed": False,
-    "use_input_layernorm_in_first_layer": True,
-    "use_last_layernorm": True,
-    "layer_idx_offset": 0,
-    "embedding_multiplier": 1.0,
-    "attention_multiplier": 1.0,
-    "residual_multiplier": 1.0,
-    "output_multiplier_scale": 1.0,
-    "has_partial_lora_mask": False,
-}
+from engine_recipes import Decoder, RequestError, checkpoint, from_hf, hookimpl
 
 
 @hookimpl
@@ -28,9 +13,14 @@ def resolve_checkpoint(config: Mapping[str, Any]) -> Decoder:
     """Describe a Llama checkpoint.
 
     Raises:
-        RequestError: an activation that Llama does not have.
+        RequestError: an activation or rope that Llama does not have.
     """
-    decoder = from_hf(config, config=CONFIG)
+    decoder = from_hf(config, config=checkpoint.LLAMA_CONFIG)
     if decoder.activation != "silu":
         raise RequestError(f"hidden_act is {decoder.activation!r}", "Llama checkpoints with silu are supported")
+    if decoder.rotary_size:
+        raise RequestError(
+            f"partial_rotary_factor leaves {decoder.head_size - decoder.rotary_size} elements of each head unrotated",
+            "Llama checkpoints rotate whole heads; is this another family?",
+        )
     return decoder

@@ -31,7 +31,7 @@ def resolve_checkpoint(config: Mapping[str, Any]) -> Decoder:
     """Describe a Qwen2 or Qwen3 checkpoint.
 
     Raises:
-        RequestError: another architecture or activation, or a part that TensorRT-LLM's Qwen has no place for.
+        RequestError: another architecture, activation or rope, or a part that TensorRT-LLM's Qwen has no place for.
     """
     _refuse(config)
     differences = next((same for name, same in ARCHITECTURES.items() if config.get("architectures") == [name]), {})
@@ -43,6 +43,11 @@ def resolve_checkpoint(config: Mapping[str, Any]) -> Decoder:
         )
     if decoder.activation != "silu":
         raise RequestError(f"hidden_act is {decoder.activation!r}", "Qwen checkpoints with silu are supported")
+    if decoder.rotary_size:
+        raise RequestError(
+            f"partial_rotary_factor leaves {decoder.head_size - decoder.rotary_size} elements of each head unrotated",
+            "Qwen2 and Qwen3 rotate whole heads; is this another family?",
+        )
     return decoder
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+import different
 import tiny
-from engine_recipes import RequestError
-from engine_recipes.checkpoint import config_json, decoder_from_config, layout
+from engine_recipes import RequestError, from_hf
+from engine_recipes.checkpoint import LLAMA_CONFIG, config_json, decoder_from_config, layout
 from engine_recipes_models import llama, qwen
 
 LLAMA3 = {
@@ -28,6 +29,58 @@ def test_what_was_written_is_read_back(arch: str) -> None:
     for tensors in (None, names):
         back = decoder_from_config(config, tensors)
         assert back == replace(decoder, dtype="float16", config={})
+
+
+@pytest.mark.parametrize("arch", tiny.DIFFERENT)
+def test_what_differs_from_llama_is_read_back(arch: str) -> None:
+    decoder = different.resolve_checkpoint(tiny.config(arch))
+    config = config_json(decoder, "bfloat16", 2, 2)
+    # norms are plain in a checkpoint, whatever the source's add
+    assert decoder_from_config(config) == replace(decoder, config={}, norm_offset=0.0)
+
+
+def test_gemma_is_written_as_tensorrt_llm_writes_it() -> None:
+    decoder = different.resolve_checkpoint(tiny.config("gemma"))
+    config = config_json(decoder, "bfloat16", tp_size=2)
+    assert config["hidden_act"] == "gelu_pytorch_tanh"
+    assert config["share_embedding_table"] is True
+    assert config["inter_layernorms"] is False
+    assert config["use_parallel_embedding"] is True  # its GemmaConfig insists on it, where ranks share a layer
+    assert config_json(decoder, "bfloat16")["use_parallel_embedding"] is False
+    assert config["embedding_multiplier"] == 8.0  # √64
+
+
+def test_a_scaled_llama_says_so_in_tensorrt_llms_own_key() -> None:
+    decoder = from_hf(tiny.config(), embedding_scale=12.0, config=LLAMA_CONFIG)
+    assert config_json(decoder, "float16")["embedding_multiplier"] == 12.0
+    assert config_json(replace(decoder, embedding_scale=1.0), "float16")["embedding_multiplier"] == 1.0
+
+
+@pytest.mark.parametrize("said", [{"rotary_embedding_dim": 16}, {"rotary_pct": 0.5}])
+def test_both_ways_to_say_how_much_of_a_head_is_rotated_are_read(said: dict[str, object]) -> None:
+    config = config_json(from_hf(tiny.config("partial")), "float16")
+    del config["rotary_embedding_dim"], config["rotary_pct"]
+    assert decoder_from_config({**config, **said}).rotary_size == 16
+    assert decoder_from_config(config).rotary_size == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"embedding_multiplier": None}, "does not say what the embedding's rows are multiplied by"),
+        ({"embedding_multiplier": -1}, "embedding_multiplier is -1"),
+        ({"embedding_multiplier": "8"}, "embedding_multiplier is '8'"),
+        ({"inter_layernorms": True}, "norms behind the blocks"),
+        ({"rotary_embedding_dim": 64}, "rotary_embedding_dim is 64, of heads of 32"),
+        ({"rotary_embedding_dim": 15}, "rotary_embedding_dim is 15"),
+        ({"rotary_embedding_dim": None, "rotary_pct": 3}, "rotary_pct is 3"),
+    ],
+)
+def test_a_gemma_that_cannot_be_understood_is_refused(changes: dict[str, object], message: str) -> None:
+    config = config_json(different.resolve_checkpoint(tiny.config("gemma")), "float16")
+    with pytest.raises(RequestError, match=message) as caught:
+        decoder_from_config({**config, **changes})
+    assert caught.value.hint
 
 
 def test_rope_scaling_is_copied_whole() -> None:

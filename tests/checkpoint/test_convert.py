@@ -220,3 +220,85 @@ def test_unknown_dtypes_and_mappings_are_refused(tmp_path: Path) -> None:
             convert(opened, tmp_path, "int8")  # type: ignore[arg-type]
         with pytest.raises(RequestError, match="num_attention_heads 4 cannot be split over tp_size 3"):
             convert(opened, tmp_path, tp_size=3)
+
+
+def test_an_edit_sees_whole_rows_of_linear_weights_however_the_model_is_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BLOCK_BYTES", 1000)
+    arrays = tiny.tensors(tiny.config("qwen2"))
+    seen: set[str] = set()
+
+    def by_row(name: str, rows: Any) -> Any:
+        assert rows.dtype == np.float32
+        assert rows.shape[1] == arrays[name].shape[1]
+        seen.add(name)
+        rows /= np.abs(rows).max(axis=1, keepdims=True)
+        return rows
+
+    folder = resolve(tiny.write(tmp_path / "source", "qwen2"))
+    joined: list[dict[str, Any]] = []
+    for tp_size, pp_size in ((1, 1), (2, 1), (4, 2)):
+        out = tmp_path / f"{tp_size}.{pp_size}"
+        out.mkdir()
+        with open_source(folder) as opened:
+            convert(opened, out, "bfloat16", tp_size, pp_size, edit=by_row)
+        verify(out)
+        with open_checkpoint(out) as checkpoint:
+            joined.append({name: np.array(checkpoint.array(name)) for name in checkpoint.names()})
+    assert seen == {name for name in arrays if name.endswith("_proj.weight")}
+    name = "model.layers.1.mlp.down_proj.weight"
+    expected = arrays[name].astype(np.float32)
+    expected /= np.abs(expected).max(axis=1, keepdims=True)
+    np.testing.assert_array_equal(
+        joined[0]["transformer.layers.1.mlp.proj.weight"], expected.astype(ml_dtypes.bfloat16)
+    )
+    for name, array in joined[0].items():
+        np.testing.assert_array_equal(joined[1][name], array)
+        np.testing.assert_array_equal(joined[2][name], array)
+    plain = "model.embed_tokens.weight"
+    np.testing.assert_array_equal(joined[0]["transformer.vocab_embedding.weight"], arrays[plain])
+
+
+@pytest.mark.parametrize(("wrong", "said"), [(np.nan, "holds NaN"), (1e6, ""), (None, "became")])
+def test_an_edit_that_goes_wrong_is_named(tmp_path: Path, wrong: float | None, said: str) -> None:
+    def edit(name: str, rows: Any) -> Any:
+        return rows[:, 1:] if wrong is None else rows * 0 + wrong
+
+    (tmp_path / "out").mkdir()
+    with source(tmp_path / "source") as opened:
+        if said:
+            with pytest.raises(ValueError, match=said):
+                convert(opened, tmp_path / "out", edit=edit)
+            assert not (tmp_path / "out" / "config.json").exists()
+        else:
+            stats = convert(opened, tmp_path / "out", edit=edit)
+            assert sum(stats.overflows.values()) == sum(
+                array.size for name, array in tiny.tensors(tiny.config()).items() if name.endswith("_proj.weight")
+            )
+
+
+@pytest.mark.parametrize("to", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(1, 1), (2, 2)])
+def test_what_norms_lack_is_added_in_float32_and_rounded_once(
+    tmp_path: Path, dtype: str, to: str, tp_size: int, pp_size: int
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with source(tmp_path / "source", "gemma", dtype=dtype) as opened:
+        convert(opened, out, to, tp_size, pp_size)  # type: ignore[arg-type]
+        norms = {
+            "transformer.layers.2.input_layernorm.weight": "model.layers.2.input_layernorm.weight",
+            "transformer.layers.0.post_layernorm.weight": "model.layers.0.post_attention_layernorm.weight",
+            "transformer.ln_f.weight": "model.norm.weight",
+        }
+        exact = {mine: opened.array(theirs).astype(np.float32) + np.float32(1) for mine, theirs in norms.items()}
+        table = opened.array("model.embed_tokens.weight").astype(np.float32)
+    verify(out)
+    with open_checkpoint(out) as checkpoint:
+        kind = np.dtype(getattr(ml_dtypes, to, to))
+        for name, value in exact.items():
+            np.testing.assert_array_equal(checkpoint.array(name), value.astype(kind))
+        for name in ("transformer.vocab_embedding.weight", "lm_head.weight"):  # scaled when it runs, not here
+            np.testing.assert_array_equal(checkpoint.array(name), table.astype(kind))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+import different
 import tiny
 from engine_recipes import Decoder, RequestError, from_hf
 from engine_recipes.checkpoint import Piece, TensorSpec, check_split, layout, source_shapes, stage_layers
@@ -50,6 +51,20 @@ def test_the_head_is_padded_and_the_embedding_is_not() -> None:
     assert last["lm_head.weight"].shape == (151, 64)
     assert last["lm_head.weight"].pad_rows == 1
     assert last["transformer.vocab_embedding.weight"].shape == (301, 64)
+
+
+def test_a_family_may_want_its_embedding_split() -> None:
+    d = different.resolve_checkpoint(tiny.config("gemma"))
+    name = "transformer.vocab_embedding.weight"
+    assert [by_name(layout(d, tp_size=2), rank)[name].shape for rank in (0, 1)] == [(128, 64)] * 2
+    assert by_name(layout(d), 0)[name].shape == (256, 64)
+    assert by_name(layout(d, 2, parallel_embedding=False), 1)[name].shape == (256, 64)
+
+
+def test_norms_and_nothing_else_get_the_offset() -> None:
+    d = from_hf(tiny.config("qwen3"), qk_norm=True, norm_offset=1.0)
+    for spec in (spec for rank in layout(d, 2, 3) for spec in rank):
+        assert spec.offset == ("norm" in spec.name or "ln_f" in spec.name), spec.name
 
 
 def test_more_ranks_than_words() -> None:

@@ -52,6 +52,17 @@ def test_ranks_are_joined(tmp_path: Path, tp_size: int, pp_size: int) -> None:
             split.forget(name)
 
 
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(2, 1), (1, 3), (4, 2)])
+def test_a_gemma_is_joined(tmp_path: Path, tp_size: int, pp_size: int) -> None:
+    one = built(tmp_path / "one", "gemma", vocab_size=301)
+    many = built(tmp_path / "many", "gemma", "float16", tp_size, pp_size, vocab_size=301)
+    with open_checkpoint(one) as whole, open_checkpoint(many) as split:
+        assert whole.decoder == split.decoder
+        assert whole.decoder.embedding_scale == 8
+        for name in whole.names():
+            np.testing.assert_array_equal(whole.array(name), split.array(name))
+
+
 def test_a_parallel_embedding_is_joined(tmp_path: Path) -> None:
     out = built(tmp_path, tp_size=2, vocab_size=301)
     name = "transformer.vocab_embedding.weight"

@@ -47,13 +47,14 @@ ERRORS = {
     "bfloat16": (None, 3e-3),
     "W8A16": (None, 1e-3),
     "fp8": (0.04, 3e-3),
+    "int8": (0.03, 3e-3),
     "int4": (0.2, 3e-3),
 }
 
 
 @pytest.mark.parametrize(("source_dtype", "tp_size"), [("bfloat16", 1), ("float32", 2), ("float32", 1)])
 @pytest.mark.parametrize("precision", sabotage.PRECISIONS)
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma"])
 def test_a_good_checkpoint_is_off_by_its_rounding(
     goods: Goods, arch: str, precision: str, source_dtype: str, tp_size: int
 ) -> None:
@@ -68,10 +69,10 @@ def test_a_good_checkpoint_is_off_by_its_rounding(
     assert ("weight_error" in found) == (quantised is not None)
     if quantised:
         assert found["weight_rounding"] > 0.5
-        assert all(t.error > 0.01 for t in compared.values() if t.linear)
+        assert all(t.error > 0.003 for t in compared.values() if t.linear)
 
 
-@pytest.mark.parametrize("precision", ["fp8", "int4"])
+@pytest.mark.parametrize("precision", ["fp8", "int8", "int4"])
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_sums_are_those_of_the_dequantised_matrices(goods: Goods, precision: str, seed: int) -> None:
 
@@ -85,6 +86,8 @@ def test_sums_are_those_of_the_dequantised_matrices(goods: Goods, precision: str
             nibbles = torch.stack([(mine << 4) >> 4, mine >> 4], 1).flatten(0, 1)  # [out, in]
             scale = scale.repeat_interleave(64, 1) * stored[f"{name}.prequant_scaling_factor"].double()
             mine = nibbles
+        if precision == "int8":
+            scale = scale[:, None] * stored[f"{name}.prequant_scaling_factor"].double()
         mine = mine.double() * scale
         theirs = source[f"model.layers.{layer}.mlp.down_proj.weight"].double()
         found = compared[f"{name}.weight"]
@@ -94,7 +97,7 @@ def test_sums_are_those_of_the_dequantised_matrices(goods: Goods, precision: str
         assert found.count == mine.numel()
 
 
-@pytest.mark.parametrize("kind", ["fp8", "int4"])
+@pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])
 @pytest.mark.parametrize("seed", range(3))
 def test_splitting_changes_no_number(goods: Goods, kind: str, seed: int) -> None:
     one, two = goods("qwen2", kind, seed=seed), goods("qwen2", kind, tp_size=2, pp_size=2, seed=seed)
@@ -116,10 +119,11 @@ def test_splitting_changes_no_number(goods: Goods, kind: str, seed: int) -> None
             (sabotage.permute_layer, "layers.1.mlp.fc.weight"),
             (sabotage.swap_fc_gate, "layers.1.mlp."),
         )
-        for precision in ("float16", "fp8", "int4")
+        for precision in ("float16", "fp8", "int8", "int4")
     ]
     + [
         (sabotage.scale_times_8, "fp8", "llama", "layers.1.mlp.proj.weight"),
+        (sabotage.scale_times_8, "int8", "llama", "layers.1.mlp.proj.weight"),
         (sabotage.scale_times_8, "int4", "llama", "layers.1.mlp.proj.weight"),
         (sabotage.one_group_times_8, "int4", "llama", "group 0 of row 5 of model.layers.1.mlp.down_proj.weight"),
         (sabotage.swap_nibbles, "int4", "llama", "layers.1.mlp.proj.weight"),
@@ -202,7 +206,7 @@ def test_nan_is_reported_and_counts_as_an_infinite_error(goods: Goods, tmp_path:
     found, compared = look(made.source, folder)
     (bad,) = [tensor for tensor in compared.values() if not tensor.finite]
     assert bad.name == "transformer.layers.1.mlp.fc.weight"
-    assert found["weight_error" if precision == "fp8" else "plain_error"] == np.inf
+    assert found["plain_error" if precision == "bfloat16" else "weight_error"] == np.inf
 
 
 def test_padding_of_a_split_head_must_be_zeros(goods: Goods, tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from .blocks import largest
-from .config import config_json, decoder_from_config
+from .config import LLAMA_CONFIG, config_json, decoder_from_config
 from .convert import ConvertStats, Dtype, WeightOnly, checkpoint_bytes, convert
 from .exclude import excluded_linears, linear_sizes
-from .formats import Scheme, Stored, choose_group_size, stored
+from .formats import LinearPart, Scheme, Stored, choose_group_size, stored
 from .layout import Piece, TensorSpec, check_split, layout, source_shapes, stage_layers
+from .linears import Linear, quantize_linears
 from .quantize import quantize, unquantised_dtype
 from .reader import Checkpoint, open_checkpoint
 from .source import SourceCheckpoint, expect_tensors, not_finite, open_source, source_tensors
@@ -15,9 +16,12 @@ from .statistics import Statistics, read_statistics, write_statistics
 from .verify import verify
 
 __all__ = [
+    "LLAMA_CONFIG",
     "Checkpoint",
     "ConvertStats",
     "Dtype",
+    "Linear",
+    "LinearPart",
     "Piece",
     "Scheme",
     "SourceCheckpoint",
@@ -40,6 +44,7 @@ __all__ = [
     "open_checkpoint",
     "open_source",
     "quantize",
+    "quantize_linears",
     "read_statistics",
     "source_shapes",
     "source_tensors",

@@ -6,7 +6,9 @@ without a word (rotary_base 10000, hidden_act gelu, learned positions); reading 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..decoder import Decoder, from_hf
@@ -26,6 +28,22 @@ NOT_QUANTIZED: Mapping[str, Json] = {
     "pre_quant_scale": False,
     "exclude_modules": None,
     "mamba_ssm_cache_dtype": None,
+}
+
+#: Keys of TensorRT-LLM's LLaMAConfig beyond those of every decoder, with the values of a plain Llama: for
+#: `Decoder.config` of families that its LLaMA class runs.
+LLAMA_CONFIG: Mapping[str, Json] = {
+    "residual_mlp": False,
+    "remove_duplicated_kv_heads": False,
+    "fc_after_embed": False,
+    "use_input_layernorm_in_first_layer": True,
+    "use_last_layernorm": True,
+    "layer_idx_offset": 0,
+    "embedding_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "output_multiplier_scale": 1.0,
+    "has_partial_lora_mask": False,
 }
 
 _MOE: Mapping[str, Json] = {
@@ -56,6 +74,11 @@ _REQUIRED = (
     "rotary_base",
     "vocab_size",
 )
+
+#: What the embedding's rows are multiplied by: a key of LLaMAConfig. Gemma's class multiplies by a factor of its own.
+_SCALE = "embedding_multiplier"
+#: A key that only TensorRT-LLM's Gemma writes: whether there are norms behind the blocks too.
+_MORE_NORMS = "inter_layernorms"
 
 #: What no decoder comes near, and arithmetic and loops over it still end.
 _MOST = 1 << 40
@@ -93,6 +116,10 @@ def config_json(
     """
     d = decoder
     family = dict(d.config)
+    if d.embedding_scale != 1:
+        family[_SCALE] = d.embedding_scale
+    if d.rotary_size:
+        family["rotary_pct"] = d.rotary_size / d.head_size  # some of its model classes read this one
     return {
         "architecture": d.architecture,
         "dtype": dtype,
@@ -113,9 +140,9 @@ def config_json(
         "position_embedding_type": "rope_gpt_neox",
         "rotary_base": d.rope_theta,
         "rotary_scaling": None if d.rope_scaling is None else dict(d.rope_scaling),
-        "rotary_embedding_dim": d.head_size,
+        "rotary_embedding_dim": d.rotated,
         "tie_word_embeddings": d.tied,
-        "use_parallel_embedding": False,
+        "use_parallel_embedding": bool(family.pop("use_parallel_embedding", False)) and tp_size > 1,
         "embedding_sharding_dim": 0,
         "disable_weight_only_quant_plugin": False,
         "runtime_defaults": None,
@@ -170,7 +197,12 @@ def decoder_from_config(config: Mapping[str, Json], tensors: Collection[str] | N
     for ours in _AS_HUGGING_FACE.values():
         _check_value(ours, config.get(ours))
     _check_scaling(object_of(config, "rotary_scaling"))
-    return from_hf({**hugging_face, "architectures": [config["architecture"]]}, **_biases_and_norms(config, tensors))
+    _check_norms(config)
+    described = {**hugging_face, "architectures": [config["architecture"]]}
+    decoder = from_hf(described, **_biases_and_norms(config, tensors))
+    return replace(
+        decoder, embedding_scale=_embedding_scale(config), rotary_size=_rotary_size(config, decoder.head_size)
+    )
 
 
 def object_of(config: Mapping[str, Json], key: str) -> dict[str, Json]:
@@ -197,6 +229,46 @@ def _check_scaling(scaling: Mapping[str, Json]) -> None:
             named = key in ("rope_type", "type")
             if not named and one is not None and not (isinstance(one, (int, float)) and 0 <= one <= _MOST):
                 raise RequestError(f"config.json: rotary_scaling.{key} is {value!r}", _AS_SOURCE)
+
+
+def _check_norms(config: Mapping[str, Json]) -> None:
+    if config.get(_MORE_NORMS):
+        raise RequestError(
+            f"config.json says {_MORE_NORMS}: norms behind the blocks, as in Gemma 2",
+            "decoders with a norm before each block, and none behind it, are supported",
+        )
+
+
+def _embedding_scale(config: Mapping[str, Json]) -> float:
+    """TensorRT-LLM's Gemma multiplies by √hidden_size, and its checkpoints do not say so."""
+    scale = config.get(_SCALE)
+    if scale is None and _MORE_NORMS in config:
+        raise RequestError(
+            f"config.json is of a Gemma and does not say what the embedding's rows are multiplied by ({_SCALE})",
+            f'add "{_SCALE}": {math.sqrt(config["hidden_size"])}, or build the checkpoint here',
+        )
+    if scale is None:
+        return 1.0
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not 0 < scale <= _MOST:
+        raise RequestError(f"config.json: {_SCALE} is {scale!r}", "a number above 0 is needed")
+    return float(scale)
+
+
+def _rotary_size(config: Mapping[str, Json], size: int) -> int:
+    """Of each head, 0 for all of it: `rotary_embedding_dim`, or a share of it, as TensorRT-LLM reads them."""
+    share, rotated = config.get("rotary_pct"), config.get("rotary_embedding_dim")
+    if rotated is None and share is not None:
+        if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1:
+            raise RequestError(f"config.json: rotary_pct is {share!r}", "it is a share of each head, at most 1")
+        rotated = int(size * share)
+    if rotated is None:
+        return 0
+    if type(rotated) is not int or not 2 <= rotated <= size or rotated % 2:
+        raise RequestError(
+            f"config.json: rotary_embedding_dim is {rotated!r}, of heads of {size}",
+            "an even number is needed, of 2 to all elements of a head",
+        )
+    return rotated if rotated < size else 0
 
 
 def _biases_and_norms(config: Mapping[str, Json], tensors: Collection[str] | None) -> dict[str, bool]:

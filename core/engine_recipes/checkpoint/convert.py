@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,13 +20,15 @@ from ..space import require_room
 from . import safetensors
 from .cast import FLOATS, Finding, caster, examine
 from .config import config_json
-from .formats import Scheme
+from .formats import LINEARS, Scheme
 from .layout import Piece, TensorSpec, layout
 from .source import SourceCheckpoint, not_finite
 from .streaming import Job, Progress, write_rank
 
 if TYPE_CHECKING:
     from .safetensors import Array
+
+    Edit = Callable[[str, Array], Array]
 
 Dtype = Literal["float16", "bfloat16", "float32"]
 WeightOnly = Literal["W8A16", "W4A16"]
@@ -78,6 +80,7 @@ def convert(
     tp_size: int = 1,
     pp_size: int = 1,
     algorithm: WeightOnly | None = None,
+    edit: Edit | None = None,
 ) -> ConvertStats:
     """Write `rank<r>.safetensors` for each rank and then `config.json` into `out`.
 
@@ -89,6 +92,10 @@ def convert(
         dtype: of every tensor written.
         tp_size, pp_size: the mapping.
         algorithm: written into `config.json`: the engine's builder then quantises the linear layers as it loads them.
+        edit: changes the weights of linear layers (not embedding and head) on their way. Called in threads with the
+            source tensor's name and some of its rows, float32 [n, inputs], which are its own to overwrite; returns the
+            same shape. Rows come whole however the model is split, so scales of rows or of groups within them do not
+            depend on the mapping.
 
     Raises:
         RequestError: unknown dtype, a mapping that does not fit the model, or NaN or inf in the source.
@@ -101,7 +108,7 @@ def convert(
     require_room("stage 1", total, out)
     stats = ConvertStats()
     for number, specs in enumerate(ranks):
-        _write_rank(source, out / f"rank{number}.safetensors", specs, dtype, stats, total)
+        _write_rank(source, out / f"rank{number}.safetensors", specs, dtype, stats, total, edit)
     warn_of_overflows(stats, dtype)
     config = config_json(source.decoder, dtype, tp_size, pp_size, Scheme(algorithm).config())
     (out / "config.json").write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
@@ -114,10 +121,16 @@ def checkpoint_bytes(specs: Sequence[TensorSpec], dtype: str) -> int:
 
 
 def _write_rank(
-    source: SourceCheckpoint, path: Path, specs: Sequence[TensorSpec], dtype: str, stats: ConvertStats, total: int
+    source: SourceCheckpoint,
+    path: Path,
+    specs: Sequence[TensorSpec],
+    dtype: str,
+    stats: ConvertStats,
+    total: int,
+    edit: Edit | None,
 ) -> None:
     tensors = {spec.name: (dtype, spec.shape) for spec in specs}
-    jobs = (cast_job(source, block, dtype, stats) for block in blocks(source, specs, dtype))
+    jobs = (cast_job(source, block, dtype, stats, edit) for block in blocks(source, specs, dtype))
     progress = Progress(total, stats.bytes)
     write_rank(path, tensors, jobs, progress, max(2, min(_MOST_WORKERS, cpus())))
     stats.bytes = progress.done
@@ -125,12 +138,12 @@ def _write_rank(
     stats.tensors += len(specs)
 
 
-def cast_job(source: SourceCheckpoint, block: Block, dtype: str, stats: ConvertStats) -> Job:
+def cast_job(source: SourceCheckpoint, block: Block, dtype: str, stats: ConvertStats, edit: Edit | None = None) -> Job:
     """Cast a block. Its source pages are forgotten once it is written."""
     found = []
 
     def make() -> Array:
-        array, finding = _cast(source, block, dtype)
+        array, finding = _cast(source, block, dtype, edit)
         found.append(finding)
         return array
 
@@ -165,7 +178,7 @@ def _row_bytes(source: SourceCheckpoint, name: str) -> int:
     return info.nbytes // info.shape[0]
 
 
-def _cast(source: SourceCheckpoint, block: Block, dtype: str) -> tuple[Array, Finding]:
+def _cast(source: SourceCheckpoint, block: Block, dtype: str, edit: Edit | None = None) -> tuple[Array, Finding]:
     """The block's bytes (uint8, because buffers know no bfloat16) in the checkpoint's dtype."""
     import numpy as np
 
@@ -176,17 +189,42 @@ def _cast(source: SourceCheckpoint, block: Block, dtype: str) -> tuple[Array, Fi
     finding = examine(rows, dtype)
     if finding.problem:
         raise not_finite(block.piece.name, finding.problem)
+    if edit and block.spec.name.removesuffix(".weight").endswith(LINEARS):
+        rows = _edited(source, block, edit)
+        finding = examine(rows, dtype)
+        if finding.problem:
+            raise ValueError(f"what was to be written for {block.piece.name} holds {finding.problem}")
     return caster(rows.dtype.name, dtype)(rows).reshape(-1).view(np.uint8), finding
 
 
+def _edited(source: SourceCheckpoint, block: Block, edit: Edit) -> Array:
+    """The block's values after `edit`, float32, contiguous."""
+    import numpy as np
+
+    assert block.piece is not None
+    rows = source.array(block.piece.name)[block.start : block.stop].astype(np.float32)
+    shape = rows.shape
+    edited = np.asarray(edit(block.piece.name, rows), np.float32)
+    if edited.shape != shape:
+        raise ValueError(f"{block.piece.name}: {shape} became {edited.shape}")
+    if block.piece.columns is not None:
+        edited = edited[:, slice(*block.piece.columns)]
+    return np.ascontiguousarray(edited)
+
+
 def rows_of(source: SourceCheckpoint, block: Block) -> Array:
-    """The block's source values, contiguous, in the source's dtype."""
+    """What the block's values are before they are rounded: the source's, contiguous, in the source's dtype.
+
+    With the tensor's offset, where it has one, and then float32.
+    """
     import numpy as np
 
     assert block.piece is not None
     rows = source.array(block.piece.name)[block.start : block.stop]
     if block.piece.columns is not None:
         rows = rows[:, slice(*block.piece.columns)]
+    if block.spec.offset:
+        rows = rows.astype(np.float32) + np.float32(block.spec.offset)
     return np.ascontiguousarray(rows)
 
 

@@ -1,7 +1,8 @@
 """What a quantised checkpoint stores for each linear layer: names, dtypes and shapes, as data.
 
-Format: what TensorRT-LLM's loaders want for `quant_algo` FP8, W4A16_AWQ, W8A16 and W4A16, and for an 8-bit KV cache.
-Everything is derived from the unquantised layout (`layout.py`), so that splits and joins follow the same rules.
+Format: what TensorRT-LLM's loaders want for `quant_algo` FP8, W4A16_AWQ, W8A8_SQ_PER_CHANNEL, W8A16 and W4A16, and for
+an 8-bit KV cache. Other algorithms say in `config.json` what they store. Everything is derived from the unquantised
+layout (`layout.py`), so that splits and joins follow the same rules.
 """
 
 from __future__ import annotations
@@ -9,24 +10,46 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 from ..decoder import Decoder
 from ..errors import RequestError
 from .layout import Piece, TensorSpec
-
-Part = Literal["plain", "weight", "weight_scale", "input_scale", "prequant_scale", "cache_scale"]
+from .safetensors import DTYPES_BY_NAME
 
 #: TensorRT-LLM's linear layers that are quantised; the head and the embedding are not.
 LINEARS = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
 #: Weights of these algorithms stay as they are in the checkpoint: the engine's builder quantises them as it loads.
 WEIGHT_ONLY = ("W8A16", "W4A16")
 #: `quant_algo` values whose tensors are known here.
-ALGORITHMS = ("FP8", "W4A16_AWQ", *WEIGHT_ONLY)
+ALGORITHMS = ("FP8", "W4A16_AWQ", "W8A8_SQ_PER_CHANNEL", *WEIGHT_ONLY)
 CACHE_ALGORITHMS = ("FP8", "INT8")
 #: Group sizes that the int4 kernels of TensorRT-LLM have, best compression first.
 GROUP_SIZES = (128, 64)
 _WILD = frozenset("*?[")
+#: The key of `quantization` under which an algorithm that is not known here says what it stores.
+_PARTS = "linear_parts"
+
+
+@dataclass(frozen=True)
+class LinearPart:
+    """One tensor that an algorithm stores for each linear layer, in place of its weight [out, in] or beside it.
+
+    Attributes:
+        name: after the layer's: `weight`, `weights_scaling_factor` …
+        dtype: numpy's name of it; empty for that of what is not quantised.
+        rows, columns: how many rows (outputs) and columns (inputs) of the weight share an element. 0: all of them, and
+            the tensor lacks that side; with both 0 it is one number, [1].
+    """
+
+    name: str
+    dtype: str
+    rows: int = 1
+    columns: int = 1
+
+
+_INPUT_SCALE = LinearPart("activation_scaling_factor", "float32", 0, 0)
+_PREQUANT = LinearPart("prequant_scaling_factor", "", 0, 1)
 
 
 @dataclass(frozen=True)
@@ -38,12 +61,14 @@ class Scheme:
         group_size: where the algorithm has one.
         excluded: linear layers that are not quantised, names or fnmatch patterns; layers count from 0 on each
             pipeline rank, as in `exclude_modules`.
+        parts: what an algorithm that is not known here stores for each linear layer; none if it does not say so.
     """
 
     algorithm: str | None = None
     cache: str | None = None
     group_size: int = 128
     excluded: tuple[str, ...] = ()
+    parts: tuple[LinearPart, ...] = ()
 
     @classmethod
     def from_config(cls, quantization: Mapping[str, Any]) -> Scheme:
@@ -61,6 +86,7 @@ class Scheme:
             cache,
             group if type(group) is int and group > 0 else 128,
             tuple(name for name in excluded if _is_linear(name)),
+            _read_parts(quantization.get(_PARTS)) if algorithm and algorithm not in ALGORITHMS else (),
         )
 
     def quantises(self, module: str) -> bool:
@@ -71,16 +97,37 @@ class Scheme:
 
     @property
     def is_known(self) -> bool:
-        """Whether every tensor of it is known here."""
+        """Whether it is known here what every tensor of it means."""
         return self.algorithm in (None, *ALGORITHMS) and self.cache in (None, *CACHE_ALGORITHMS)
+
+    @property
+    def is_described(self) -> bool:
+        """Whether at least every tensor's name, shape and dtype follow from it."""
+        return self.is_known or (bool(self.parts) and self.cache in (None, *CACHE_ALGORITHMS))
+
+    @property
+    def linear_parts(self) -> tuple[LinearPart, ...]:
+        """What is stored for each quantised layer, in file order; nothing if its weight stays as it is."""
+        if self.algorithm == "FP8":
+            scale = LinearPart("weights_scaling_factor", "float32", 0, 0)
+            return (LinearPart("weight", "float8_e4m3fn"), scale, _INPUT_SCALE)
+        if self.algorithm == "W4A16_AWQ":  # rows 2i and 2i + 1 share a byte
+            scale = LinearPart("weights_scaling_factor", "float32", 1, self.group_size)
+            return (LinearPart("weight", "int8", rows=2), scale, _PREQUANT)
+        if self.algorithm == "W8A8_SQ_PER_CHANNEL":
+            scale = LinearPart("weights_scaling_factor", "float32", 1, 0)
+            return (LinearPart("weight", "int8"), scale, _INPUT_SCALE, _PREQUANT)
+        return self.parts
 
     def config(self) -> dict[str, Any]:
         """The keys of `quantization` that differ from an unquantised checkpoint's."""
         changes: dict[str, Any] = {"quant_algo": self.algorithm, "kv_cache_quant_algo": self.cache}
-        if self.algorithm in ("FP8", "W4A16_AWQ"):
+        if self.linear_parts:
             changes["exclude_modules"] = ["lm_head", *self.excluded]
         if self.algorithm == "W4A16_AWQ":
             changes |= {"group_size": self.group_size, "has_zero_point": False, "pre_quant_scale": True}
+        if self.parts:
+            changes[_PARTS] = [vars(part) for part in self.parts]
         return changes
 
 
@@ -91,13 +138,13 @@ class Stored:
     Attributes:
         spec: its name and geometry in its own elements.
         dtype: numpy's name.
-        part: what it is.
+        part: what it is: the name of a LinearPart; `plain` if it is stored as it is, `cache_scale` for the KV cache's.
         base: the unquantised tensor it stands for or belongs to.
     """
 
     spec: TensorSpec
     dtype: str
-    part: Part
+    part: str
     base: TensorSpec
 
     @property
@@ -113,26 +160,20 @@ def stored(specs: Iterable[TensorSpec], scheme: Scheme, dtype: str) -> Iterator[
         specs: the rank's unquantised tensors.
         dtype: of what is not quantised.
     """
+    parts = scheme.linear_parts
     for spec in specs:
         module, _, kind = spec.name.rpartition(".")
         linear = kind == "weight" and module.endswith(LINEARS)
-        if not linear or scheme.algorithm not in ("FP8", "W4A16_AWQ") or not scheme.quantises(module):
-            yield Stored(spec, dtype, "plain", spec)
-        elif scheme.algorithm == "FP8":
-            yield Stored(spec, "float8_e4m3fn", "weight", spec)
-            yield Stored(_scalar(spec, f"{module}.weights_scaling_factor"), "float32", "weight_scale", spec)
-            yield Stored(_scalar(spec, f"{module}.activation_scaling_factor"), "float32", "input_scale", spec)
+        if linear and parts and scheme.quantises(module):
+            for part in parts:
+                yield Stored(divided(spec, f"{module}.{part.name}", part), part.dtype or dtype, part.name, spec)
         else:
-            group = scheme.group_size
-            packed = divided(spec, spec.name, row_step=2)  # rows 2i and 2i + 1 share a byte
-            scales = divided(spec, f"{module}.weights_scaling_factor", column_step=group)
-            yield Stored(packed, "int8", "weight", spec)
-            yield Stored(scales, "float32", "weight_scale", spec)
-            yield Stored(_inputs(spec, f"{module}.prequant_scaling_factor"), dtype, "prequant_scale", spec)
+            yield Stored(spec, dtype, "plain", spec)
         if linear and scheme.cache and module.endswith("attention.qkv"):
             attention = module.removesuffix(".qkv")
             for name in ("kv_cache", "k_cache", "v_cache"):
-                yield Stored(_scalar(spec, f"{attention}.{name}_scaling_factor"), "float32", "cache_scale", spec)
+                scale = LinearPart(f"{name}_scaling_factor", "float32", 0, 0)
+                yield Stored(divided(spec, f"{attention}.{scale.name}", scale), "float32", "cache_scale", spec)
 
 
 def _is_linear(name: str) -> bool:
@@ -140,26 +181,49 @@ def _is_linear(name: str) -> bool:
     return name.endswith(LINEARS) or bool(_WILD & set(name))
 
 
-def divided(spec: TensorSpec, name: str, row_step: int = 1, column_step: int = 1) -> TensorSpec:
-    """The geometry of a tensor with one element for `row_step` rows and `column_step` columns of another."""
+def divided(spec: TensorSpec, name: str, part: LinearPart) -> TensorSpec:
+    """The geometry of what is stored for a weight, called `name`.
 
-    def part(piece: Piece) -> Piece:
-        assert piece.columns is not None
-        rows = (piece.rows[0] // row_step, piece.rows[1] // row_step)
-        return replace(piece, rows=rows, columns=(piece.columns[0] // column_step, piece.columns[1] // column_step))
-
-    return TensorSpec(name, tuple(part(piece) for piece in spec.pieces))
-
-
-def _inputs(spec: TensorSpec, name: str) -> TensorSpec:
-    """One element for each input of a linear layer, [in]."""
-    columns = spec.pieces[0].columns
-    assert columns is not None
-    return TensorSpec(name, (Piece(spec.pieces[0].name, columns),))
+    Raises:
+        RequestError: rows or columns that share an element lie on different ranks.
+    """
+    first = spec.pieces[0]
+    assert first.columns is not None
+    columns = _shared(spec, first.columns, part.columns) if part.columns else None
+    if not part.rows:  # the same for all pieces: they have the same columns
+        return TensorSpec(name, (Piece(first.name, columns or (0, 1)),))
+    pieces = (replace(piece, rows=_shared(spec, piece.rows, part.rows), columns=columns) for piece in spec.pieces)
+    return TensorSpec(name, tuple(pieces))
 
 
-def _scalar(spec: TensorSpec, name: str) -> TensorSpec:
-    return TensorSpec(name, (Piece(spec.pieces[0].name, (0, 1)),))
+def _shared(spec: TensorSpec, places: tuple[int, int], step: int) -> tuple[int, int]:
+    if any(place % step for place in places):
+        raise RequestError(
+            f"a rank has {places[0]} to {places[1]} of {spec.name}, which cuts {step} that are stored together",
+            "choose another tp_size",
+        )
+    return places[0] // step, places[1] // step
+
+
+def _read_parts(given: Any) -> tuple[LinearPart, ...]:
+    """From `config.json`. Raises RequestError for what `Scheme.config` would not write."""
+    if given is None:
+        return ()
+    try:
+        parts = tuple(LinearPart(**part) for part in given)
+        names = [part.name for part in parts]
+        good = all(_is_part(part) for part in parts) and len(set(names)) == len(names)
+    except TypeError:
+        good = False
+    if not good:
+        raise RequestError(f"config.json gives {_PARTS} as {given!r}", "build the checkpoint again")
+    return parts
+
+
+def _is_part(part: LinearPart) -> bool:
+    steps = (part.rows, part.columns)
+    words = isinstance(part.name, str) and isinstance(part.dtype, str) and part.name.isidentifier()
+    return words and part.dtype in ("", *DTYPES_BY_NAME) and all(type(step) is int and step >= 0 for step in steps)
 
 
 def choose_group_size(decoder: Decoder, wanted: int = 0, tp_size: int = 1, most: int = 128) -> int:

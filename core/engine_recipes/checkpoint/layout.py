@@ -34,11 +34,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a rank file: its pieces stacked along the rows, then `pad_rows` rows of zeros."""
+    """One tensor of a rank file: its pieces stacked along the rows, then `pad_rows` rows of zeros.
+
+    `offset` is added to each value of the pieces, see `Decoder.norm_offset`.
+    """
 
     name: str
     pieces: tuple[Piece, ...]
     pad_rows: int = 0
+    offset: float = 0.0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,7 +69,7 @@ class _Source:
 
 
 def layout(
-    decoder: Decoder, tp_size: int = 1, pp_size: int = 1, parallel_embedding: bool = False
+    decoder: Decoder, tp_size: int = 1, pp_size: int = 1, parallel_embedding: bool | None = None
 ) -> list[list[TensorSpec]]:
     """The tensors of every rank, in file order. Rank = pp_rank * tp_size + tp_rank.
 
@@ -73,13 +77,16 @@ def layout(
         decoder: what the model is.
         tp_size: number of tensor-parallel ranks: heads, MLP rows and vocabulary rows are split over them.
         pp_size: number of pipeline stages: layers are split over them.
-        parallel_embedding: the embedding table is split like the output head (ModelOpt's exports are made so).
+        parallel_embedding: the embedding table is split like the output head (ModelOpt's exports are made so). None:
+            if the family's `config` says `use_parallel_embedding`.
 
     Raises:
         RequestError: the model cannot be split so; the message names the numbers, the hint what would work.
     """
     check_split(decoder, tp_size, pp_size)
     stages = stage_layers(decoder.layers, pp_size)
+    if parallel_embedding is None:
+        parallel_embedding = bool(decoder.config.get("use_parallel_embedding", False))
     return [
         _rank(decoder, stages, stage, tp_size, rank, parallel_embedding)
         for stage in range(pp_size)
@@ -145,7 +152,7 @@ def _rank(
         specs += _layer(d, f"transformer.layers.{index}.", layer, tp_size, rank)
     if stage == len(stages) - 1:
         norm = _Source(d.names["final_norm"], (d.hidden_size,))
-        specs.append(TensorSpec("transformer.ln_f.weight", (norm.whole(),)))
+        specs.append(TensorSpec("transformer.ln_f.weight", (norm.whole(),), offset=d.norm_offset))
         specs.append(_vocabulary("lm_head.weight", head, tp_size, rank))
     return specs
 
@@ -165,19 +172,22 @@ def _layer(d: Decoder, prefix: str, layer: int, tp_size: int, rank: int) -> list
     def spec(name: str, *pieces: Piece) -> TensorSpec:
         return TensorSpec(prefix + name, pieces)
 
+    def norm(name: str, role: str, size: int) -> TensorSpec:
+        return TensorSpec(prefix + name, (source(role, size).whole(),), offset=d.norm_offset)
+
     hidden, inner, query = d.hidden_size, d.intermediate_size, d.heads * d.head_size
     rows = (rank * inner // tp_size, (rank + 1) * inner // tp_size)
     heads = (rank * query // tp_size, (rank + 1) * query // tp_size)
 
-    specs = [spec("input_layernorm.weight", source("input_norm", hidden).whole())]
+    specs = [norm("input_layernorm.weight", "input_norm", hidden)]
     specs += _qkv(d, prefix, layer, tp_size, rank)
     specs.append(spec("attention.dense.weight", source("dense", hidden, query, suffix=".weight").columns(*heads)))
     if d.dense_bias:  # added once, after the sum over ranks: every rank holds all of it
         specs.append(spec("attention.dense.bias", source("dense", hidden, suffix=".bias").whole()))
     if d.qk_norm:
         for role in ("q", "k"):
-            specs.append(spec(f"attention.{role}_layernorm.weight", source(f"{role}_norm", d.head_size).whole()))
-    specs.append(spec("post_layernorm.weight", source("post_norm", hidden).whole()))
+            specs.append(norm(f"attention.{role}_layernorm.weight", f"{role}_norm", d.head_size))
+    specs.append(norm("post_layernorm.weight", "post_norm", hidden))
     for name, role in (("fc", "gate"), ("gate", "up")):  # their names: fc is what the activation is applied to
         specs.append(spec(f"mlp.{name}.weight", source(role, inner, hidden, suffix=".weight").rows(*rows)))
         if d.mlp_bias:

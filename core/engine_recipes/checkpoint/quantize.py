@@ -7,7 +7,6 @@ Memory is a few blocks, whatever the model's size.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,17 +19,15 @@ from .. import events
 from ..decoder import Decoder
 from ..errors import RequestError
 from ..facts import cpus
-from ..space import require_room
 from .blocks import fp8_rounder, largest, pack_rows, quantize_groups
-from .config import config_json
-from .convert import Block, ConvertStats, Dtype, blocks, cast_job, forget, rows_of, warn_of_overflows
+from .convert import Block, ConvertStats, Dtype, blocks, cast_job, forget, rows_of
 from .exclude import excluded_linears
 from .formats import Scheme, Stored, choose_group_size, stored
 from .layout import TensorSpec, layout
-from .safetensors import DTYPES_BY_NAME
+from .ranks import room_for, write_ranks
 from .source import SourceCheckpoint, not_finite
 from .statistics import PREQUANT, Statistics
-from .streaming import Job, Progress, write_rank
+from .streaming import Job
 
 if TYPE_CHECKING:
     from .safetensors import Array
@@ -88,20 +85,9 @@ def quantize(
     ranks = [list(stored(specs, scheme, kept)) for specs in layout(source.decoder, tp_size, pp_size)]
     groups = _quantised_groups(source.decoder, chain.from_iterable(ranks))
     _require_statistics(source, statistics, scheme, chain.from_iterable(groups))
-    progress = Progress(sum(_bytes(tensor) for rank in ranks for tensor in rank))
-    require_room("stage 1", progress.total, out)
+    progress = room_for(ranks, out)
     writer = _Writer(source, statistics, scheme, kept, groups)
-    for number, tensors in enumerate(ranks):
-        infos = {tensor.name: (tensor.dtype, tensor.spec.shape) for tensor in tensors}
-        jobs = chain.from_iterable(writer.jobs(tensors))
-        write_rank(out / f"rank{number}.safetensors", infos, jobs, progress, writer.workers)
-        writer.stats.files += 1
-        writer.stats.tensors += len(tensors)
-    writer.stats.bytes = progress.done
-    warn_of_overflows(writer.stats, kept)
-    config = config_json(source.decoder, kept, tp_size, pp_size, scheme.config())
-    (out / "config.json").write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
-    return writer.stats
+    return write_ranks(writer, out, scheme, (tp_size, pp_size), ranks, progress)
 
 
 def unquantised_dtype(source: SourceCheckpoint, dtype: Dtype | Literal["auto"]) -> Dtype:
@@ -145,10 +131,6 @@ def _scale(amax: float, most: float) -> float:
     return amax / most if amax / most > FLOAT32_TINY else 1.0
 
 
-def _bytes(tensor: Stored) -> int:
-    return math.prod(tensor.spec.shape) * DTYPES_BY_NAME[tensor.dtype]
-
-
 @dataclass(frozen=True)
 class _Scales:
     """Of one quantised linear layer, FP8: value = stored × scale."""
@@ -183,7 +165,7 @@ class _Writer:
                 yield (cast_job(self.source, block, self.dtype, self.stats) for block in self._blocks(tensor.base))
             elif tensor.part == "weight":
                 yield self._weight(tensor)
-            elif tensor.part == "weight_scale" and self.scheme.algorithm == "W4A16_AWQ":
+            elif tensor.part == "weights_scaling_factor" and self.scheme.algorithm == "W4A16_AWQ":
                 yield iter([_last(tensor, self._take_group_scales)])
             else:
                 yield iter([_last(tensor, self._vector_of(tensor))])
@@ -297,13 +279,13 @@ class _Writer:
 
         def make() -> Array:
             linear = tensor.base.pieces[0].name.removesuffix(".weight")
-            if tensor.part == "prequant_scale":
+            if tensor.part == "prequant_scaling_factor":
                 columns = tensor.base.pieces[0].columns or (0, None)
                 return self._prequant(tensor.base)[slice(*columns)].astype(numpy_dtype(self.dtype)).view(np.uint8)
             if tensor.part == "cache_scale":
                 return np.array([self._cache_scale(tensor)], np.float32)
             scales = self._scales[linear]
-            return np.array([scales.weight if tensor.part == "weight_scale" else scales.input], np.float32)
+            return np.array([scales.weight if tensor.part == "weights_scaling_factor" else scales.input], np.float32)
 
         return make
 

@@ -4,8 +4,11 @@ A folder of kind `calibration`: `statistics.safetensors`, float32, and `calibrat
 about. Tensors are named after the Hugging Face module they belong to:
 
     <linear>.input_amax       [1]   largest |x| that went into the linear layer
-    <linear>.pre_quant_scale  [in]  what AWQ multiplies the layer's input by (its weights are divided by it)
+    <linear>.channel_amax     [in]  the same for each of its inputs, before `pre_quant_scale`
+    <linear>.pre_quant_scale  [in]  what AWQ and SmoothQuant multiply its input by (its weights are divided by it)
     <k or v linear>.cache_amax [1]  largest |k| or |v| that goes into the KV cache: keys after rope
+
+Others may be kept as well: core reads these.
 """
 
 from __future__ import annotations

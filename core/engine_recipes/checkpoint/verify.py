@@ -62,13 +62,13 @@ def _check_files(folder: Path) -> None:
 
 
 def _check_headers(checkpoint: Checkpoint) -> None:
-    scheme = checkpoint.scheme if checkpoint.scheme.is_known else Scheme()
+    scheme = checkpoint.scheme if checkpoint.scheme.is_described else Scheme()
     for number, (specs, header) in enumerate(zip(checkpoint.layout(), checkpoint.ranks, strict=True)):
         file = f"rank{number}.safetensors"
         expected = {tensor.name: tensor for tensor in stored(specs, scheme, checkpoint.dtype)}
-        _check_names(file, expected, header, checkpoint.scheme.is_known)
+        _check_names(file, expected, header, checkpoint.scheme.is_described)
         for name, tensor in expected.items():
-            if checkpoint.scheme.is_known or not _is_linear(name):
+            if checkpoint.scheme.is_described or not _is_linear(name):
                 _check_info(f"{file}: {name}", header[name], tensor.spec.shape, tensor.dtype)
 
 

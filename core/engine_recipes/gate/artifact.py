@@ -23,12 +23,12 @@ from .parts import SCALES, Part, Parts, check, is_linear
 #: Fields of the decoder that do not depend on how a checkpoint names or splits things.
 _SETTINGS = (
     *("layers", "heads", "kv_heads", "head_size", "hidden_size", "intermediate_size", "vocab_size"),
-    *("activation", "norm_epsilon", "rope_theta", "rope_scaling"),
+    *("activation", "norm_epsilon", "rope_theta", "rope_scaling", "rotated", "embedding_scale"),
     *("qkv_bias", "dense_bias", "mlp_bias", "qk_norm"),
 )
 _READABLE = "checkpoint can be read"
 #: How the linear layers of an algorithm are stored; those of the rest are stored plain.
-_KINDS = {"FP8": "fp8", "W4A16_AWQ": "int4"}
+_KINDS = {"FP8": "fp8", "W4A16_AWQ": "int4", "W8A8_SQ_PER_CHANNEL": "int8"}
 _MOST_EXCLUDED = 0.5  # beyond it the name would say more of what is not there than of what is
 _BITS_TOLERANCE = 0.25  # of small matrices the scales weigh a few tenths of a bit; the next precision is at 1.9 times
 
@@ -166,7 +166,7 @@ def _weights_of(parts: list[Part]) -> int:
 
 
 def _spoken(part: Part) -> str:
-    return part.info.dtype if part.kind == "plain" else {"fp8": "FP8", "int4": "int4"}[part.kind]
+    return part.info.dtype if part.kind == "plain" else {"fp8": "FP8"}.get(part.kind, part.kind)
 
 
 def _stored_bits(part: Part) -> int:

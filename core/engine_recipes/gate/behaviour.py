@@ -33,7 +33,7 @@ def observe(
     max_tokens: int,
     not_compared: str = "there is no baseline",
 ) -> Findings:
-    """Measure an engine; docs/metrics.md defines every number.
+    """Measure an engine; docs/reference/metrics.md defines every number.
 
     With a baseline its token ids are what the engine gets, so that the engine's own tokenizer can neither hide nor fake
     a difference; that one ends and decodes the engine's answers.

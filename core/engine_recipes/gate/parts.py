@@ -26,7 +26,7 @@ from ..types import Check, Verdict
 if TYPE_CHECKING:
     from ..checkpoint.safetensors import Array
 
-Kind = Literal["plain", "fp8", "int4"]
+Kind = Literal["plain", "fp8", "int8", "int4"]
 _AGAIN = "build the checkpoint again"
 _CACHE = ("kv_cache_scaling_factor", "k_cache_scaling_factor", "v_cache_scaling_factor")
 #: What a quantised layer has beside its weight.
@@ -167,6 +167,9 @@ def _kind(file: SafeFile, spec: TensorSpec) -> tuple[Kind, str]:
     if info.shape == spec.shape and info.dtype == "float8_e4m3fn":
         fits = weight is not None and weight.shape == (1,)
         return "fp8", "" if fits else "is FP8 and has no weights_scaling_factor of one number"
+    if info.shape == spec.shape and info.dtype == "int8" and columns:
+        fits = weight is not None and weight.shape == (rows,) and (prequant is None or prequant.shape == (columns,))
+        return "int8", "" if fits else "is int8 and has no scales that fit its shape"
     if rows % 2 == 0 and info.shape == (rows // 2, columns) and info.dtype in ("int8", "uint8"):
         fits = weight is not None and len(weight.shape) == 2 and weight.shape[0] == rows
         groups = weight.shape[1] if weight is not None and fits else 0

@@ -8,8 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..checkpoint.formats import Scheme
-from ..checkpoint.quantize import E4M3_MAX, FLOAT32_TINY, LARGE_CACHE_SCALE, cache_scale, linear_groups
-from ..checkpoint.statistics import Statistics
+from ..checkpoint.quantize import (
+    E4M3_MAX,
+    FLOAT32_TINY,
+    INT8_MAX,
+    LARGE_CACHE_SCALE,
+    cache_scale,
+    linear_groups,
+)
+from ..checkpoint.statistics import PREQUANT, Statistics
 from ..decoder import Decoder
 from ..errors import RequestError
 from ..types import Check, Measure
@@ -52,7 +59,7 @@ def _first_odd(array: Array) -> float:
 
 
 def _missing(part: Part, scheme: Scheme) -> Iterator[str]:
-    if part.kind == "fp8" and f"{part.module}.activation_scaling_factor" not in part.file.tensors:
+    if part.kind in ("fp8", "int8") and f"{part.module}.activation_scaling_factor" not in part.file.tensors:
         yield "activation_scaling_factor"
     has_cache = scheme.cache and part.spec.name.endswith("attention.qkv.weight")
     if has_cache and not any(name.endswith(".kv_cache_scaling_factor") for name in part.scales()):
@@ -85,6 +92,8 @@ def _calibrated(
     linears = [piece.name.removesuffix(".weight") for piece in part.spec.pieces]
     try:
         if name.endswith(".activation_scaling_factor"):
+            if part.kind == "int8":
+                return _smoothed(linears, statistics) / INT8_MAX
             most = max(statistics.number(f"{linear}.input_amax") for linear in groups[linears[0]]) / E4M3_MAX
             return most if most > FLOAT32_TINY else 1.0
         if name.endswith("_cache_scaling_factor") and scheme.cache:
@@ -93,6 +102,12 @@ def _calibrated(
     except RequestError:
         pass
     return None
+
+
+def _smoothed(linears: Sequence[str], statistics: Statistics) -> float:
+    """The largest input of a layer after it was multiplied by `pre_quant_scale`; its source layers share their mean."""
+    scale = sum(statistics.vector(f"{linear}.{PREQUANT}") for linear in linears) / len(linears)
+    return max(float((statistics.vector(f"{linear}.channel_amax") * scale).max()) for linear in linears)
 
 
 def cache_risk(parts: Parts, decoder: Decoder, statistics: Statistics | None) -> Iterator[Check]:

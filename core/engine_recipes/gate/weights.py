@@ -190,7 +190,7 @@ def _compare_block(part: Part, block: _Rows, source: SourceCheckpoint) -> Compar
 
 
 def _source_rows(part: Part, block: _Rows, source: SourceCheckpoint) -> Array:
-    """The source's values in its own dtype, [rows, in], one row for a vector; zeros where the checkpoint is padded."""
+    """What was rounded, see `rows_of`, [rows, in], one row for a vector; zeros where the checkpoint is padded."""
     import numpy as np
 
     if block.piece is None:
@@ -231,11 +231,21 @@ def _fp8(part: Part, block: _Rows, rows: Array) -> Compared:
 
 
 def _int4(part: Part, block: _Rows, rows: Array) -> Compared:
+    packed = part.file.array(part.spec.name)[block.first // 2 : block.rows.stop // 2]
+    return _whole_numbers(part, block, rows, unpack_rows(packed))
+
+
+def _int8(part: Part, block: _Rows, rows: Array) -> Compared:
+    return _whole_numbers(part, block, rows, part.file.array(part.spec.name)[block.rows])
+
+
+def _whole_numbers(part: Part, block: _Rows, rows: Array, stored: Array) -> Compared:
+    """Weights stored as int8 [rows, in], with one scale for a row, [rows], or for each group of it, [rows, groups]."""
     import numpy as np
 
-    packed = part.file.array(part.spec.name)[block.first // 2 : block.rows.stop // 2]
     scales = part.scale("weights_scaling_factor")[block.rows]
-    q = unpack_rows(packed).astype(np.float32).reshape(*scales.shape, -1)  # [rows, groups, group]
+    scales = scales.reshape(len(scales), -1)
+    q = stored.astype(np.float32).reshape(*scales.shape, -1)  # [rows, groups, group]
     step = np.broadcast_to(scales[:, :, None], q.shape)
     if f"{part.module}.prequant_scaling_factor" in part.file.tensors:
         step = step * part.scale("prequant_scaling_factor").reshape(1, *q.shape[1:])
@@ -245,7 +255,12 @@ def _int4(part: Part, block: _Rows, rows: Array) -> Compared:
     return _measured(part, block, w.reshape(groups), (r * step).reshape(groups), r.reshape(groups), scales.shape[1])
 
 
-_WAYS: dict[Kind, Callable[[Part, _Rows, Array], Compared]] = {"plain": _plain, "fp8": _fp8, "int4": _int4}
+_WAYS: dict[Kind, Callable[[Part, _Rows, Array], Compared]] = {
+    "plain": _plain,
+    "fp8": _fp8,
+    "int8": _int8,
+    "int4": _int4,
+}
 
 
 def _empty(part: Part, finite: bool = True) -> Compared:

@@ -7,6 +7,9 @@ from typing import Protocol
 from engine_recipes import Decoder, RequestError
 from engine_recipes.rope import inverse_frequencies
 
+#: Those that `Ops.gated` has to know.
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+
 
 class Ops(Protocol):
     """The pieces of a decoder. Values are known by their names in the graph.
@@ -17,7 +20,7 @@ class Ops(Protocol):
     decoder: Decoder
 
     def embed(self) -> str:
-        """Rows of the embedding table. -> [B, S, hidden_size]"""
+        """Rows of the embedding table, scaled. -> [B, S, hidden_size]"""
 
     def norm(self, x: str, delta: str | None, name: str) -> tuple[str, str]:
         """Add what the block before computed, if any, and normalise. Returns (normalised, sum), both as `x`."""
@@ -26,7 +29,7 @@ class Ops(Protocol):
         """x · weightᵀ + bias, where there is a bias. [B, S, in] -> [B, S, out]"""
 
     def gated(self, gate: str, up: str, name: str) -> str:
-        """silu(gate) × up"""
+        """activation(gate) × up"""
 
     def normed_heads(self, qkv: str, name: str) -> tuple[str, str, str]:
         """Split into q, k and v, and normalise each head of q and of k."""
@@ -70,10 +73,10 @@ def check_model(engine: str, decoder: Decoder, max_seq_len: int) -> None:
     Raises:
         RequestError: an activation, a rope scaling, a length.
     """
-    if decoder.activation != "silu":
+    if decoder.activation not in ACTIVATIONS:
         raise RequestError(
             f"the {engine} engine does not know the activation {decoder.activation!r}",
-            "known: silu; choose another engine for this model",
+            f"known: {', '.join(ACTIVATIONS)}; choose another engine for this model",
         )
     inverse_frequencies(decoder)
     most = decoder.max_positions

@@ -36,10 +36,16 @@ class CommonOps:
         self.names = frozenset(weights.names())
 
     def rows(self, ids: str) -> str:
-        """Rows of the embedding table. [B, S] -> [B, S, hidden_size]"""
+        """Rows of the embedding table, scaled. [B, S] -> [B, S, hidden_size]"""
+        import numpy as np
+
         # Rows are picked first and converted then: the table itself stays as it is stored, and mapped.
         rows = self.graph.node("Gather", [self._stored(EMBEDDING), ids], "embedding.rows")
-        return self._converted(rows, "embedding", self.weights.info(f"{EMBEDDING}.weight")[0])
+        rows = self._converted(rows, "embedding", self.weights.info(f"{EMBEDDING}.weight")[0])
+        scale = np.array(self.decoder.embedding_scale, np.float32)
+        if scale == 1:
+            return rows
+        return self.graph.node("Mul", [rows, self.graph.constant("embedding.scale", self.computed(scale))], "scaled")
 
     def rms(self, x: str, weight: str, name: str) -> str:
         """RMS norm over the last axis."""

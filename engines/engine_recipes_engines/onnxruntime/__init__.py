@@ -1,7 +1,8 @@
 """The embedded default: lowers the TensorRT-LLM checkpoint to ONNX and runs it with onnxruntime, on any CPU.
 
-Quantised checkpoints (FP8, W4A16_AWQ, W8A16, W4A16; FP8 or INT8 KV cache) are computed in float32 with the rounding
-that a GPU does, so that a CPU can judge what a GPU will run; for GPU targets of this engine they are refused.
+Quantised checkpoints (FP8, W4A16_AWQ, W8A8_SQ_PER_CHANNEL, W8A16, W4A16; FP8 or INT8 KV cache) are computed in float32
+with the rounding that a GPU does, so that a CPU can judge what a GPU will run; for GPU targets of this engine they are
+refused.
 
 Options of stage 2: `max_seq_len`, the longest sequence in tokens (0: what the model is meant for); it bounds the rope
 tables and the KV cache. Options of the runtime: `threads` (0: one for each physical core).

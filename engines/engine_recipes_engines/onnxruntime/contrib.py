@@ -34,7 +34,10 @@ class ContribOps(CommonOps):
         super().__init__(graph, weights, compute, tied)
         self.quantized = QuantizedOps(graph, weights)
         self._lengths(positions)
-        if self.quantized.cache:
+        d = self.decoder
+        # GroupQueryAttention turns 16, 32 … elements of heads of such sizes; RotaryEmbedding any even number of them.
+        self.turned_before = bool(self.quantized.cache) or d.rotated % 16 > 0 or d.head_size % 16 > 0
+        if self.turned_before:
             self._positions()
 
     def _lengths(self, positions: int) -> None:
@@ -68,7 +71,7 @@ class ContribOps(CommonOps):
         self.positions = g.node("Add", [column, g.node("Range", [zero, count, one], "new")], "positions")
 
     def embed(self) -> str:
-        """Rows of the embedding table. -> [B, S, hidden_size]"""
+        """Rows of the embedding table, scaled. -> [B, S, hidden_size]"""
         return self.rows(self.ids)
 
     def norm(self, x: str, delta: str | None, name: str) -> tuple[str, str]:
@@ -96,9 +99,12 @@ class ContribOps(CommonOps):
         return self.graph.node("Add", [product, self.vector(f"{name}.bias")], name) if biased else name
 
     def gated(self, gate: str, up: str, name: str) -> str:
-        """silu(gate) × up"""
-        silu = self.graph.node("QuickGelu", [gate], f"{name}.silu", MICROSOFT, alpha=1.0)  # x · sigmoid(1 · x)
-        return self.graph.node("Mul", [silu, up], name)
+        """activation(gate) × up"""
+        if self.decoder.activation == "silu":  # x · sigmoid(1 · x)
+            active = self.graph.node("QuickGelu", [gate], f"{name}.silu", MICROSOFT, alpha=1.0)
+        else:
+            active = self.graph.node("FastGelu", [gate], f"{name}.gelu", MICROSOFT)  # the approximation by tanh
+        return self.graph.node("Mul", [active, up], name)
 
     def attention(self, layer: int, q: str, k: str = "", v: str = "") -> str:
         """Rope, cache and causal attention; `q` alone is q, k and v packed. -> [B, S, heads · head_size]
@@ -110,8 +116,8 @@ class ContribOps(CommonOps):
         name = f"transformer.layers.{layer}.attention"
         rope = {"do_rotary": 1, "rotary_interleaved": 0}
         angles = [self.cos, self.sin]
-        if self.quantized.cache:
-            q, k, v = self._rounded(layer, *((q, k, v) if k else self.split(q, name)))
+        if self.turned_before:
+            q, k, v = self._turned(layer, *((q, k, v) if k else self.split(q, name)))
             rope, angles = {"do_rotary": 0}, []
         past, present = [], []
         for what in ("key", "value"):
@@ -131,12 +137,14 @@ class ContribOps(CommonOps):
         )
         return name
 
-    def _rounded(self, layer: int, q: str, k: str, v: str) -> tuple[str, str, str]:
-        """q and k turned by rope, k and v rounded: what GroupQueryAttention would cache unrounded if it did rope."""
-        turned = [
-            self.graph.node("RotaryEmbedding", [x, self.positions, self.cos, self.sin], f"{x}.rope", MICROSOFT)
-            for x in (q, k)
-        ]
+    def _turned(self, layer: int, q: str, k: str, v: str) -> tuple[str, str, str]:
+        """q and k turned by rope; k and v rounded if the cache is, which GroupQueryAttention would cache unrounded."""
+        d = self.decoder
+        turned = []
+        for x, heads in ((q, d.heads), (k, d.kv_heads)):
+            part = {"rotary_embedding_dim": d.rotary_size, "num_heads": heads} if d.rotary_size else {}
+            inputs = [x, self.positions, self.cos, self.sin]
+            turned.append(self.graph.node("RotaryEmbedding", inputs, f"{x}.rope", MICROSOFT, **part))
         k, v = (self.quantized.rounded_cache(x, layer, f"{x}.rounded") for x in (turned[1], v))
         return turned[0], k, v
 

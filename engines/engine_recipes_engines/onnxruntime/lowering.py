@@ -68,4 +68,4 @@ def check_model(decoder: Decoder, max_seq_len: int) -> int:
 def _total_bytes(weights: Checkpoint, compute: str, positions: int, tied: bool) -> int:
     names = [name for name in weights.names() if not (tied and name == f"{HEAD}.weight")]
     stored = sum(stored_bytes(weights, name) for name in names)
-    return stored + positions * weights.decoder.head_size * itemsize(compute)  # rope: half a head, twice
+    return stored + positions * weights.decoder.rotated * itemsize(compute)  # rope: half of it, twice

@@ -1,7 +1,7 @@
 """TensorRT-LLM's own engines, up to 1.2.1: compiles the checkpoint with the user's `trtllm-build`.
 
 TensorRT-LLM cannot share our environment. It is taken from one that the user names, or from a container, and nothing
-of it is imported here. Options: `options.toml`; how to use it: `docs/tensorrt-llm.md`.
+of it is imported here. Options: `options.toml`; how to use it: `docs/reference/tensorrt-llm.md`.
 """
 
 from __future__ import annotations

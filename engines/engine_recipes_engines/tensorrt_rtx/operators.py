@@ -66,7 +66,7 @@ class StandardOps(CommonOps):
         return g.node("And", [before, g.node("Less", [places, filled], "mask.filled")], "mask")
 
     def embed(self) -> str:
-        """Rows of the embedding table. -> [B, S, hidden_size]"""
+        """Rows of the embedding table, scaled. -> [B, S, hidden_size]"""
         return self.rows(self.ids)
 
     def norm(self, x: str, delta: str | None, name: str) -> tuple[str, str]:
@@ -91,10 +91,19 @@ class StandardOps(CommonOps):
         return self.graph.node("MatMul", [x, turned], name)
 
     def gated(self, gate: str, up: str, name: str) -> str:
-        """silu(gate) × up"""
+        """activation(gate) × up"""
         g = self.graph
-        silu = g.node("Mul", [gate, g.node("Sigmoid", [gate], f"{name}.sigmoid")], f"{name}.silu")
-        return g.node("Mul", [silu, up], name)
+        if self.decoder.activation == "silu":
+            active = g.node("Mul", [gate, g.node("Sigmoid", [gate], f"{name}.sigmoid")], f"{name}.silu")
+        else:
+            # in float32: its third power does not fit float16, and tanh of it is worth more than 11 bits
+            wide = self._cast(gate, "float32", f"{name}.wide")
+            gelu = g.node("Gelu", [wide], f"{name}.gelu", approximate="tanh")
+            active = self._cast(gelu, self.compute, f"{name}.active")
+        return g.node("Mul", [active, up], name)
+
+    def _cast(self, x: str, dtype: str, name: str) -> str:
+        return x if self.compute == "float32" else self.graph.node("Cast", [x], name, to=onnx_dtype(dtype))
 
     def attention(self, layer: int, q: str, k: str = "", v: str = "") -> str:
         """Rope, cache and causal attention; `q` alone is q, k and v packed. -> [B, S, heads · head_size]
@@ -106,7 +115,9 @@ class StandardOps(CommonOps):
         g, d = self.graph, self.decoder
         name = f"transformer.layers.{layer}.attention"
         q, k, v = (self.by_head(x) for x in ((q, k, v) if k else self.split(q, name)))
-        q, k = (g.node("RotaryEmbedding", [x, self.cos, self.sin, self.position_ids], f"{x}.rope") for x in (q, k))
+        part: dict[str, Any] = {"rotary_embedding_dim": d.rotary_size} if d.rotary_size else {}
+        angles = [self.cos, self.sin, self.position_ids]
+        q, k = (g.node("RotaryEmbedding", [x, *angles], f"{x}.rope", **part) for x in (q, k))
         # Scaled here, because TensorRT's parser would scale keys as well, all of the cache for each token.
         factor = np.array(d.head_size**-0.5, np.float32)
         q = g.node("Mul", [q, g.constant("attention.scale", self.computed(factor))], f"{name}.scaled")

@@ -9,7 +9,7 @@ from typing import Any
 from ..lowering.graph import Graph, onnx_dtype
 
 #: What an engine rounds after it was computed. Products that are quantised on both sides are among them.
-_COMPUTING = {"MatMul", "Add", "Mul", "RMSNormalization", "RotaryEmbedding", "Attention"}
+_COMPUTING = {"MatMul", "Add", "Mul", "Gelu", "RMSNormalization", "RotaryEmbedding", "Attention"}
 #: Float32 in an engine, too.
 _EXACT = "logits"
 

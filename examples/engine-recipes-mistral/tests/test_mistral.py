@@ -11,29 +11,18 @@ from engine_recipes_mistral.family import resolve_checkpoint
 import engine_recipes
 from engine_recipes import RequestError, Sampling, testing
 
-CONFIG: dict[str, Any] = {
-    "architectures": ["MistralForCausalLM"],
-    "model_type": "mistral",
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1000000.0,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float16",
-}
+CONFIG: dict[str, Any] = testing.tiny_config("MistralForCausalLM", sliding_window=None, rope_theta=1e6)
 
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("RECIPES_WORKSPACE", str(tmp_path / "workspace"))
     return testing.write_checkpoint(tmp_path / "tiny-mistral", CONFIG, resolve_checkpoint(CONFIG))
+
+
+@testing.conformance("engine-recipes-mistral", configs={"mistral": [CONFIG]})
+def test_conformance(case: testing.Case) -> None:
+    case()
 
 
 def test_a_tiny_mistral_builds_and_generates(model: Path) -> None:
@@ -49,3 +38,8 @@ def test_a_tiny_mistral_builds_and_generates(model: Path) -> None:
 def test_a_sliding_window_is_refused() -> None:
     with pytest.raises(RequestError, match="sliding window of 128"):
         resolve_checkpoint({**CONFIG, "sliding_window": 128})
+
+
+def test_what_no_mistral_has_is_refused() -> None:
+    with pytest.raises(RequestError, match="rope on 16 of each head's 32 elements"):
+        resolve_checkpoint({**CONFIG, "partial_rotary_factor": 0.5})

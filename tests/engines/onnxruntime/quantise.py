@@ -26,6 +26,7 @@ LINEARS = {
     "mlp.proj": ("mlp.down_proj",),
 }
 Ranges = dict[str, float]
+SQ = "W8A8_SQ_PER_CHANNEL"
 
 
 def load(hf: Path) -> Any:
@@ -82,7 +83,7 @@ def quantise(
     Args:
         folder: with config.json and rank0.safetensors.
         ranges: from `calibrate`.
-        algorithm: FP8 or W4A16_AWQ; of another, only the name is written.
+        algorithm: FP8, W4A16_AWQ or W8A8_SQ_PER_CHANNEL; of another, only the name is written.
         cache: FP8 or INT8.
         group: of AWQ.
         excluded: linear layers that stay as they are, `transformer.layers.0.mlp.proj`.
@@ -96,7 +97,7 @@ def quantise(
     for number in range(config["num_hidden_layers"]):
         at = f"transformer.layers.{number}."
         for name in LINEARS:
-            make = {"FP8": _fp8, "W4A16_AWQ": partial(_awq, group=group)}.get(algorithm or "")
+            make = {"FP8": _fp8, "W4A16_AWQ": partial(_awq, group=group), SQ: _smoothquant}.get(algorithm or "")
             if make and at + name not in excluded:
                 tensors |= {
                     f"{at}{name}.{key}": t for key, t in make(tensors[f"{at}{name}.weight"], ranges[at + name]).items()
@@ -131,6 +132,19 @@ def _awq(weight: Tensor, range: float, group: int) -> dict[str, Tensor]:
     }
 
 
+def _smoothquant(weight: Tensor, range: float) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(weight.shape[1])  # fc and gate get the same
+    scaling = (torch.rand(weight.shape[1], generator=generator) + 0.5).to(weight.dtype)
+    smoothed = weight.float() / scaling.float()
+    scale = smoothed.abs().amax(1) / 127  # [out]
+    return {
+        "weight": (smoothed / scale[:, None]).round().to(torch.int8),
+        "weights_scaling_factor": scale,
+        "activation_scaling_factor": torch.tensor([range / 127]),
+        "prequant_scaling_factor": scaling,
+    }
+
+
 def e4m3(x: Tensor) -> Tensor:
     """To the nearest E4M3 number; beyond 448 to 448."""
     return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
@@ -159,6 +173,8 @@ def reference(hf: Path, folder: Path) -> Any:
             grid = e4m3 if cache == "FP8" else int8
             return None if scale is None else lambda x: grid(x / scale) * scale
         scale, factor = (tensors.get(f"{name}.{what}_scaling_factor") for what in ("activation", "prequant"))
+        if algorithm == SQ and scale is not None and factor is not None:
+            return lambda x: int8(x * factor.float() / scale) * scale
         if factor is not None:
             return lambda x: x * factor.float()
         return None if scale is None else lambda x: e4m3(x / scale) * scale
@@ -172,6 +188,8 @@ def dequantised(tensors: dict[str, Tensor], name: str, algorithm: str | None) ->
     weight, scale = tensors[f"{name}.weight"], tensors.get(f"{name}.weights_scaling_factor")
     if scale is not None and algorithm == "FP8":
         return weight.float() * scale
+    if scale is not None and algorithm == SQ:
+        return weight.float() * scale[:, None]
     if scale is not None and algorithm == "W4A16_AWQ":
         low, high = (weight << 4) >> 4, weight >> 4  # arithmetic shifts of int8 keep the sign
         whole = torch.stack([low, high], 1).flatten(0, 1).float()  # [out, in]

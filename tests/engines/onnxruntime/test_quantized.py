@@ -31,6 +31,9 @@ ROUNDED = [
     ("llama", BIASES, "FP8", None),
     ("qwen2", {}, "FP8", "FP8"),
     ("qwen3", {}, "FP8", "FP8"),
+    ("llama", BIASES, quantise.SQ, None),
+    ("qwen2", {}, quantise.SQ, "INT8"),
+    ("qwen3", {}, quantise.SQ, None),
     ("llama", {}, None, "FP8"),
     ("qwen2", {}, None, "INT8"),
     ("qwen3", {}, "W8A16", "INT8"),
@@ -121,7 +124,7 @@ def test_quantised_weights_alone_leave_activations_exact(
     np.testing.assert_allclose(runtime.stepwise_logits(IDS), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(("algorithm", "cache"), [("FP8", None), (None, "FP8"), (None, "INT8")])
+@pytest.mark.parametrize(("algorithm", "cache"), [("FP8", None), (quantise.SQ, None), (None, "FP8"), (None, "INT8")])
 def test_values_beyond_the_calibrated_range_saturate(tmp_path: Path, algorithm: str | None, cache: str | None) -> None:
     made = make(tmp_path, "llama", {}, algorithm, cache, tightness=4.0)
     assert_rounded_alike(made.lower().logits(IDS), made)
@@ -136,7 +139,13 @@ def test_fc_and_gate_share_one_rounded_input_if_their_scales_are_equal(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "what"), [("FP8", "activation_scaling_factor"), ("W4A16_AWQ", "prequant_scaling_factor")]
+    ("algorithm", "what"),
+    [
+        ("FP8", "activation_scaling_factor"),
+        ("W4A16_AWQ", "prequant_scaling_factor"),
+        (quantise.SQ, "activation_scaling_factor"),
+        (quantise.SQ, "prequant_scaling_factor"),
+    ],
 )
 def test_fc_and_gate_may_have_scales_of_their_own(tmp_path: Path, algorithm: str, what: str) -> None:
     made = make(tmp_path, "llama", AWQ, algorithm)
@@ -207,7 +216,13 @@ def test_sequences_of_a_batch_keep_their_own_positions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "algorithm", "each"),
-    [({}, "FP8", 1.0), ({}, "W8A16", 1.0), (AWQ, "W4A16_AWQ", 0.5 + 4 / 32), ({}, "W4A16", 0.5 + 4 / 32)],
+    [
+        ({}, "FP8", 1.0),
+        ({}, quantise.SQ, 1.0),
+        ({}, "W8A16", 1.0),
+        (AWQ, "W4A16_AWQ", 0.5 + 4 / 32),
+        ({}, "W4A16", 0.5 + 4 / 32),
+    ],
 )
 def test_weights_stay_small_on_disk(tmp_path: Path, changes: dict[str, Any], algorithm: str, each: float) -> None:
     changes = {"hidden_size": 128, "num_attention_heads": 8, "vocab_size": 256, **changes}
@@ -239,7 +254,7 @@ def test_awq_pads_the_vocabulary_of_the_head_alone(tmp_path: Path) -> None:
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"quant_algo": "W4A8_AWQ"}, "cannot lower quant_algo W4A8_AWQ"),
     ({"quant_algo": "NVFP4"}, "cannot lower quant_algo NVFP4"),
-    ({"quant_algo": "W8A8_SQ_PER_CHANNEL"}, "cannot lower quant_algo W8A8_SQ_PER_CHANNEL"),
+    ({"quant_algo": "W8A8_SQ_PER_TENSOR_PLUGIN"}, "cannot lower quant_algo W8A8_SQ_PER_TENSOR_PLUGIN"),
     ({"kv_cache_quant_algo": "NVFP4"}, "cannot lower kv_cache_quant_algo NVFP4"),
     ({"quant_algo": "W4A16_AWQ", "has_zero_point": True}, "W4A16_AWQ with zero points"),
     ({"quant_algo": "W4A16_AWQ", "group_size": 48}, "W4A16_AWQ in groups of 48"),

@@ -39,6 +39,8 @@ BUILDS: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"algorithm": "FP8"}, "float8_e4m3fn"),
     ("qwen3", {"algorithm": "FP8", "cache": "FP8", "dtype": "bfloat16"}, "float8_e4m3fn"),
     ("qwen2", {"algorithm": "W4A16_AWQ"}, "int4"),
+    ("gemma", {"dtype": "bfloat16"}, "bfloat16"),
+    ("partial", {}, "float16"),
 ]
 
 

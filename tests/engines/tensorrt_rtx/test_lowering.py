@@ -41,6 +41,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "head size of its own": {"head_dim": 32},
     "llama3 rope": {"rope_scaling": LLAMA3},
     "yarn rope": {"rope_scaling": YARN},
+    "partial rope": {"arch": "partial"},
+    "little partial rope": {"arch": "partial", "partial_rotary_factor": 0.25},
 }
 
 
@@ -101,7 +103,7 @@ def rms(x: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma"])
 def test_the_graph_computes_what_the_onnxruntime_engine_does(tmp_path: Path, arch: str, precision: str) -> None:
     stage2 = made.context(tmp_path, arch, **PRECISIONS[precision])
     graph, expected = Graph(stage2), theirs(stage2)
@@ -156,9 +158,11 @@ def session(folder: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(folder / MODEL, options, providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "int4-awq"])
-def test_the_graph_that_is_compiled_computes_what_is_simulated(tmp_path: Path, precision: str) -> None:
-    lost, apart, simulated = compared(made.context(tmp_path, **PRECISIONS[precision]))
+@pytest.mark.parametrize(
+    ("arch", "precision"), [("llama", "fp16"), ("llama", "bf16"), ("llama", "int4-awq"), ("gemma", "fp16")]
+)
+def test_the_graph_that_is_compiled_computes_what_is_simulated(tmp_path: Path, arch: str, precision: str) -> None:
+    lost, apart, simulated = compared(made.context(tmp_path, arch, **PRECISIONS[precision]))
     most = 0.08 if precision == "bf16" else 0.01  # bfloat16 has 3 bits less
     assert max(lost, apart) < most
     # much as is lost there, though not the same: the reference rounds within attention, too
@@ -167,7 +171,7 @@ def test_the_graph_that_is_compiled_computes_what_is_simulated(tmp_path: Path, p
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_kind_of_model_is_computed_alike(tmp_path: Path, name: str) -> None:
-    stage2 = made.context(tmp_path, "llama", **MODELS[name])
+    stage2 = made.context(tmp_path, **MODELS[name])
     np.testing.assert_allclose(Graph(stage2).whole(), theirs(stage2), atol=1e-4)
 
 
