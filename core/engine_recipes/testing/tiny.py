@@ -1,4 +1,4 @@
-"""For plugin tests: tiny checkpoints made on the spot. Needs numpy; knows no family."""
+"""Tiny checkpoints made on the spot: config, seeded weights, tokenizer. Knows no family; only writing needs numpy."""
 
 from __future__ import annotations
 
@@ -8,12 +8,42 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .decoder import Decoder
+from ..decoder import Decoder
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 CHAT_TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}> {% endif %}"
 )
+
+
+def tiny_config(architecture: str = "LlamaForCausalLM", **changes: Any) -> dict[str, Any]:
+    """The `config.json` of a tiny Llama-like model: 2 layers, 4 heads that share 2 key/value heads, 256 words.
+
+    Args:
+        architecture: the class name; `model_type` is made from it as transformers does: Qwen2ForCausalLM, `qwen2`.
+        changes: keys to add or replace.
+    """
+    return {
+        "architectures": [architecture],
+        "model_type": architecture.removesuffix("ForCausalLM").lower(),
+        "vocab_size": 256,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "hidden_act": "silu",
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **changes,
+    }
 
 
 def write_checkpoint(folder: Path, config: Mapping[str, Any], decoder: Decoder) -> Path:
@@ -29,8 +59,8 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any], decoder: Decoder) 
     """
     import numpy as np
 
-    from .checkpoint.layout import source_shapes
-    from .checkpoint.safetensors import write
+    from ..checkpoint.layout import source_shapes
+    from ..checkpoint.safetensors import write
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2, sort_keys=True), encoding="utf-8")
@@ -38,7 +68,7 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any], decoder: Decoder) 
 
     def weights(name: str) -> Any:
         random = np.random.default_rng(zlib.crc32(name.encode()))
-        centre = 1.0 if len(shapes[name]) == 1 and "norm" in name else 0.0
+        centre = 1.0 - decoder.norm_offset if len(shapes[name]) == 1 and "norm" in name else 0.0
         return (centre + random.normal(0, 0.05, shapes[name])).astype(np.float16)
 
     data = ([weights(name).tobytes()] for name in shapes)

@@ -1,0 +1,113 @@
+"""What a model's logits should be, and how far others are from them."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import stages
+from ..entries import Family, Precision
+from ..host import Host
+from ..types import HF_CHECKPOINT, Artifact, StageContext
+from .building import Recipe
+from .faults import Skip, expect
+from .lab import Lab
+from .processes import ask
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+#: Largest relative error where a precision's tests name no other. 16 bits only round. On a random model of two layers,
+#: where nothing averages out, measured: 8-bit weights 0.015, 4-bit weights 0.24; logits of another model are 1.4 away.
+PLAIN, EIGHT_BITS, FEWER_BITS = 0.002, 0.1, 0.5
+
+
+def sample(vocab_size: int, count: int = 24) -> list[int]:
+    """Token ids to compare on: no two neighbours alike."""
+    return [(37 * i * i + 11 * i + 3) % vocab_size for i in range(count)]
+
+
+def apart(found: Floats, base: Floats) -> float:
+    """Root mean square of the difference, relative to how far the base's logits spread."""
+    import numpy as np
+
+    if found.shape != base.shape:
+        return float("inf")
+    difference = found.astype(np.float64) - base
+    error = float(np.sqrt(np.mean(difference**2)) / np.std(base))
+    return error if np.isfinite(error) else float("inf")
+
+
+def tolerance(lab: Lab, precision: Precision) -> float:
+    """How far an engine of this precision may be from the source on a tiny model."""
+    if precision.name in lab.tolerance:
+        return lab.tolerance[precision.name]
+    if not precision.algorithm:
+        return PLAIN
+    return EIGHT_BITS if 8 <= precision.bits < 16 else FEWER_BITS  # 16: the engine rounds, nobody knows to how many
+
+
+def tensors_of_transformers(lab: Lab, folder: Path, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """What transformers' own class stores for this config, name -> shape.
+
+    Raises:
+        Skip: it is not installed, or does not know the model.
+    """
+    return {name: tuple(shape) for name, shape in _transformers(lab, folder, vocab_size)["shapes"].items()}
+
+
+def logits_of_transformers(lab: Lab, folder: Path, vocab_size: int) -> Floats:
+    """Its logits of the folder's weights, for `sample`.
+
+    Raises:
+        Skip: as for `tensors_of_transformers`.
+        Fault: it does not load these weights.
+    """
+    import numpy as np
+
+    told = _transformers(lab, folder, vocab_size)
+    expect("unlike" not in told, f"transformers does not load a checkpoint that is made so: {told.get('unlike')}")
+    logits: Floats = np.load(lab.place("transformers") / f"{folder.name}.npy")
+    return logits
+
+
+def _transformers(lab: Lab, folder: Path, vocab_size: int) -> dict[str, Any]:
+    if not (find_spec("transformers") and find_spec("torch")):
+        raise Skip("transformers is not installed: agreement was not checked")
+    known = lab.memory.setdefault("transformers", {})
+    if folder.name not in known:
+        folders = {folder: vocab_size, **lab.all_models()}  # importing transformers takes longer than all of them
+        ids = {path.name: sample(size) for path, size in folders.items()}
+        request = {"folders": [str(path) for path in folders], "ids": ids, "out": str(lab.place("transformers"))}
+        known.update(ask(lab, "transformers_says", request))
+    told: dict[str, Any] = known[folder.name]
+    if "unknown" in told:
+        raise Skip(f"transformers does not know this model: {told['unknown']}")
+    return told
+
+
+def of_source(lab: Lab, folder: Path, family: Family, vocab_size: int) -> Floats:
+    """Logits of the unquantised source on `sample`: by transformers, else by the first reference that can run it."""
+    try:
+        return logits_of_transformers(lab, folder, vocab_size)
+    except Skip as reason:
+        skip = reason
+    for name in family.references or lab.registry.defaults.references:
+        reference = lab.registry.references.entries.get(name)
+        if reference is None or name == "transformers" or lab.setup.facts.missing(reference.requires):
+            continue
+        build = lab.build(Recipe(str(folder), family.name), "resolve")
+        resolved = build.path("resolve")
+        assert resolved is not None
+        who = stages.provider("reference", reference)
+        inputs = (Artifact(HF_CHECKPOINT, resolved, ""),)
+        context = StageContext(str(folder), "baseline", {}, inputs, lab.place(f"source-{folder.name}"))
+        runtime = Host([who]).load_source(who, context)
+        logits = runtime.logits(sample(vocab_size))
+        runtime.close()
+        if logits is not None:
+            return logits
+    raise skip

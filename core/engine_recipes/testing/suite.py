@@ -1,0 +1,138 @@
+"""The suite: which cases there are for a package, and how pytest runs them."""
+
+from __future__ import annotations
+
+import functools
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RecipesError
+from ..types import Value
+from . import engines, families, models, packages, precisions, running, settings as options
+from .faults import Fault, Skip
+from .lab import Lab
+
+if TYPE_CHECKING:
+    import pytest
+
+#: What every entry of a kind of the registry promises. A function's name is the promise.
+PROMISES: Mapping[str, Sequence[Callable[[Lab, str], None]]] = {
+    "families": families.PROMISES,
+    "models": models.PROMISES,
+    "precisions": precisions.PROMISES,
+    "calibrations": options.promises_of("calibrations"),
+    "engines": (*engines.PROMISES, *running.PROMISES),
+    "aliases": models.ALIASES,
+}
+#: Where an author reads on, by kind.
+_READ = {
+    "package": "docs/reference/registry.md",
+    "family": "docs/how-to/add-a-family.md",
+    "model": "docs/how-to/add-a-model.md",
+    "alias": "docs/how-to/add-a-model.md",
+    "calibration": "docs/how-to/add-a-precision.md",
+    "precision": "docs/how-to/add-a-precision.md",
+    "engine": "docs/how-to/add-an-engine.md",
+}
+_SINGULAR = {
+    "families": "family",
+    "models": "model",
+    "precisions": "precision",
+    "calibrations": "calibration",
+    "engines": "engine",
+    "aliases": "alias",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One promise of one entry. Call it to check it.
+
+    Attributes:
+        id: `family acme: unshard equals source`.
+        promise: why it matters, in words.
+        reason: why it is skipped; empty: it is not.
+    """
+
+    id: str
+    promise: str
+    check: Callable[[], None] = field(repr=False)
+    lab: Lab = field(repr=False)
+    reason: str = ""
+
+    def __call__(self) -> None:
+        """Check it, as a part of a pytest test: passes, fails with what is wrong, or skips with the reason."""
+        import pytest
+
+        if self.reason:
+            pytest.skip(self.reason)
+        fault = ""
+        try:
+            with self.lab.world():
+                self.check()
+        except Skip as skip:
+            pytest.skip(str(skip))
+        except Fault as found:
+            fault = str(found)
+        except RecipesError as error:
+            output = getattr(error, "output", "")
+            fault = f"{type(error).__name__}: {error}" + (f"\n{output}" if output else "")
+        except Exception as error:  # of the plugin's code, which cases call
+            fault = "".join(traceback.format_exception(error)).rstrip()
+        if fault:  # not in the except clause: its traceback would tell of this suite, and not of the plugin
+            pytest.fail(
+                f"{self.id}\n{fault}\nWhy: {self.promise}\nMore: {_READ[self.id.partition(' ')[0]]}", pytrace=False
+            )
+
+
+def conformance(
+    package: str,
+    *,
+    configs: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    settings: Mapping[str, Mapping[str, Value]] | None = None,
+    tolerance: Mapping[str, float] | None = None,
+    skip: Mapping[str, str] | None = None,
+) -> pytest.MarkDecorator:
+    """Parametrise a test with everything that a package's entries promise, as `case`.
+
+    Args:
+        package: the distribution whose registry entries are checked; it must be installed.
+        configs: family -> `config.json` of tiny models; needed for the package's own families.
+        settings: entry name -> options as in `--set`, for its builds: `{"acme-int8": {"calib.size": 4}}`.
+        tolerance: precision -> largest relative root mean square error of an engine's logits on a tiny model, against
+            the unquantised source. Left out: 0.002 for plain 16 bits, 0.1 for 8 bits, 0.5 for fewer.
+        skip: pattern of case ids -> why they are skipped.
+    """
+    import pytest
+
+    found = cases(package, configs=configs, settings=settings, tolerance=tolerance, skip=skip)
+    return pytest.mark.parametrize("case", found, ids=[case.id for case in found])
+
+
+def cases(
+    package: str,
+    *,
+    configs: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    settings: Mapping[str, Mapping[str, Value]] | None = None,
+    tolerance: Mapping[str, float] | None = None,
+    skip: Mapping[str, str] | None = None,
+) -> list[Case]:
+    """The cases themselves, for those who do not use pytest's parametrisation. Arguments as for `conformance`."""
+    lab = Lab(package, configs or {}, settings or {}, tolerance or {})
+    with lab.world():
+        names = lab.names()
+    found = [_case(lab, f"package {package}", promise, package, skip or {}) for promise in packages.PROMISES]
+    for kind, promises in PROMISES.items():
+        for name in names.get(kind, ()):
+            found += [_case(lab, f"{_SINGULAR[kind]} {name}", promise, name, skip or {}) for promise in promises]
+    return found
+
+
+def _case(lab: Lab, who: str, promise: Callable[[Lab, str], None], name: str, skip: Mapping[str, str]) -> Case:
+    case_id = f"{who}: {promise.__name__.replace('_', ' ')}"
+    why = " ".join((promise.__doc__ or "").split())
+    reason = next((reason for pattern, reason in skip.items() if fnmatchcase(case_id, pattern)), "")
+    return Case(case_id, why, functools.partial(promise, lab, name), lab, reason)

@@ -1,0 +1,176 @@
+"""A package of plugins that each break one promise, as an author could: for tests that the suite notices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from conftest import package
+
+FAMILY = """
+import random
+
+from engine_recipes import from_hf, hookimpl
+
+
+@hookimpl
+def resolve_checkpoint(config):
+    {body}
+"""
+FAMILIES = {
+    "many-heads": "return from_hf(config, kv_heads=from_hf(config).heads)",
+    "careless": "return from_hf(config, activation=config['hidden_act'].lower())",
+    "moody": "return from_hf(config, max_positions=random.randint(100, 10**6))",
+    "other-rope": "return from_hf(config, rope_theta=10.0)",
+    "unknown": "return from_hf(config)",
+}
+
+PRECISION = """
+import json
+import os
+import subprocess
+import sys
+import time
+
+from engine_recipes import RequestError, checkpoint, hookimpl
+
+
+@hookimpl
+def stage1(context):
+    tp_size, edit = context.options.get("tp_size", 1), None
+    {before}
+    with checkpoint.open_source(context.input("hf-checkpoint")) as source:
+        checkpoint.convert(source, context.out, dtype="float16", tp_size=tp_size, edit=edit)
+    config = json.loads((context.out / "config.json").read_text())
+    {after}
+    (context.out / "config.json").write_text(json.dumps(config))
+"""
+PRECISIONS = {
+    "dated": ("", "config['made'] = time.time_ns()"),
+    "messy": ("open('notes.txt', 'w').write('x')", ""),
+    "mislabelled": ("", ""),
+    "coarse": ("edit = lambda name, rows: (rows * 8).round() / 8", ""),
+    "lopsided": ("edit = None if tp_size == 1 else lambda name, rows: rows / 2", ""),
+    "open-ended": ("", ""),
+    "parent": ("subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)", ""),
+    "hiding": (
+        "environment = {k: v for k, v in os.environ.items() if k != 'RECIPES_STAGE'}\n"
+        "    subprocess.Popen(['sleep', '60'], start_new_session=True, env=environment)",
+        "time.sleep(1)",
+    ),
+}
+
+ENGINE = """
+import os
+import time
+from pathlib import Path
+
+import engine_recipes
+from engine_recipes import RequestError, Sampling, hookimpl
+
+
+@hookimpl
+def stage2(context):
+    from engine_recipes_engines import onnxruntime
+
+    onnxruntime.stage2(context)
+    (context.out / "extra.bin").write_bytes(b"0123456789")
+    {stage2}
+
+
+@hookimpl
+def load_engine(folder, options):
+    from engine_recipes_engines import onnxruntime
+
+    {load}
+    return Runtime(onnxruntime.load_engine(folder, options), folder)
+
+
+class Runtime:
+    max_seq_len = 256
+
+    def __init__(self, real, folder):
+        self.real, self.folder = real, folder
+
+    def generate(self, prompt, sampling, stop=frozenset()):
+        return self.real.generate(prompt, sampling, stop)
+
+    def logits(self, ids):
+        return self.real.logits(ids)
+
+    def close(self):
+        self.real.close()
+
+{methods}
+"""
+#: Name -> what stage2 does more, what load_engine does first, methods of the runtime that are different.
+ENGINES = {
+    "forgetful": ("", "", """
+    def generate(self, prompt, sampling, stop=frozenset()):
+        for _ in range(sampling.max_tokens):
+            prompt = [*prompt[-2:], next(self.real.generate(prompt[-2:], Sampling(max_tokens=1)))]
+            yield prompt[-1]
+"""),
+    "deaf": ("", "", """
+    def generate(self, prompt, sampling, stop=frozenset()):
+        return self.real.generate(prompt, sampling)
+"""),
+    "endless": ("", "", """
+    def generate(self, prompt, sampling, stop=frozenset()):
+        while True:
+            yield from self.real.generate(prompt, Sampling(max_tokens=12), stop)
+"""),
+    "trusting": ("", "", """
+    def logits(self, ids):
+        return self.real.logits([max(0, id) % 256 for id in ids] or [0])
+"""),
+    "dicing": ("", "", """
+    def generate(self, prompt, sampling, stop=frozenset()):
+        seed = time.monotonic_ns() % 2**32
+        return self.real.generate(prompt, Sampling(sampling.max_tokens, sampling.temperature, seed), stop)
+"""),
+    "rooted": ("", "assert '-rooted-cpu-' in folder.name", ""),
+    "scribbling": ("", "(folder / 'loaded').write_text(str(time.time_ns()))", ""),
+    "brittle": ("", "", """
+    def generate(self, prompt, sampling, stop=frozenset()):
+        if len((self.folder / "extra.bin").read_bytes()) != 10:
+            raise ValueError("extra")
+        return self.real.generate(prompt, sampling, stop)
+"""),
+    "crashing": ("", "if len((folder / 'extra.bin').read_bytes()) != 10: os.abort()", ""),
+    "late": (
+        "from engine_recipes import checkpoint; opened = checkpoint.open_checkpoint(context.inputs[0].path)\n"
+        "    if opened.scheme.algorithm: raise RequestError('no quantised weights', 'use plain ones')",
+        "",
+        "",
+    ),
+    "unbound": ("", "", ""),
+    "closing-once": ("", "", """
+    def close(self):
+        del self.real
+"""),
+    "peeking": ("", "", """
+    def logits(self, ids):
+        return self.real.logits(ids) + ids[-1]
+"""),
+}  # fmt: skip
+
+
+def write(folder: Path) -> Path:
+    """Write the package; returns the folder to `install`."""
+    lines, modules = ["api = 1"], {}
+    for name, body in FAMILIES.items():
+        modules[module := f"family_{name.replace('-', '_')}"] = FAMILY.format(body=body)
+        lines += [f"[families.{name}]", f'module = "engine_recipes_broken.{module}"']
+        lines += ['architectures = ["LlamaForCausalLM"]']
+    for name, (before, after) in PRECISIONS.items():
+        modules[module := f"precision_{name.replace('-', '_')}"] = PRECISION.format(before=before, after=after)
+        lines += [f"[precisions.{name}]", f'module = "engine_recipes_broken.{module}"']
+        lines += ['algorithm = "W8A16"'] * (name == "mislabelled")
+        option = "level = 3" if name == "open-ended" else 'tp_size = { default = 1, min = 1, help = "ranks" }'
+        lines += [f"[precisions.{name}.options]", option]
+    for name, (stage2, load, methods) in ENGINES.items():
+        modules[module := f"engine_{name.replace('-', '_')}"] = ENGINE.format(stage2=stage2, load=load, methods=methods)
+        lines += [f"[engines.{name}]", f'module = "engine_recipes_broken.{module}"']
+        lines += ['takes = ["trtllm-checkpoint"]', f'gives = "{name}-engine"', 'targets = ["cpu"]']
+        lines += ['binds = ["acme-runtime"]'] * (name == "unbound")
+    return package(folder, "engine-recipes-broken", "\n".join(lines), **modules)

@@ -1,0 +1,145 @@
+"""Every promise of the conformance suite is broken once, and the suite says what is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from conftest import install, package
+from engine_recipes import testing
+from testing import broken
+
+#: Case -> what its failure says.
+FAULTS = {
+    "family many-heads: holds the tensors of transformers": r"k_proj.weight is \[128, 128\], transformers has \[64",
+    "family careless: answers a strange config with an error": "without hidden_act: KeyError",
+    "family moody: describes its configs": "twice gives two descriptions",
+    "family other-rope: agrees with transformers": "of their spread away from transformers'",
+    "family unknown: describes its configs": r'give conformance\(…, configs=\{"unknown"',
+    "precision dated: two builds give the same bytes": "differ in config.json: time",
+    "precision messy: keeps to its folder and says what it made": "here/notes.txt",
+    "precision mislabelled: keeps to its folder and says what it made": "says quant_algo null, the registry .*W8A16",
+    "precision coarse: stays close to the source": "on a tiny plain model its logits are .* 0.002 is allowed",
+    "precision lopsided: split parts join to the whole": "tp_size 2: .* is not what it is without a split",
+    "precision open-ended: refuses bad options when planned": "level=-1000000000 is accepted",
+    "precision parent: keeps to its folder and says what it made": "after the stage has ended:\n.* left 1 running",
+    "precision hiding: keeps to its folder and says what it made": "after the stage has ended:\nsleep 60",
+    "precision hiding: a killed stage leaves nothing behind": "after the worker was killed there still runs",
+    "engine forgetful: generates what its logits say": "is the cache, or the position of new tokens, wrong",
+    "engine deaf: stops where it is told to": "which end before it",
+    "engine endless: stops where it is told to": "max_tokens is 0, and 8 tokens came",
+    "engine trusting: refuses prompts that it cannot take": "logits takes an empty prompt",
+    "engine dicing: samples by its seed": "the same seed gives two answers",
+    "engine rooted: loads wherever its folder lies": "cannot load",
+    "engine scribbling: loads wherever its folder lies": "loading writes into the engine's folder: .*loaded",
+    "engine brittle: a damaged folder is an error of two lines": "extra.bin cut short: it loads, and then ValueError",
+    "engine crashing: a damaged folder is an error of two lines": "killed by signal 6 while it was at: extra.bin cut",
+    "engine late: computes or refuses early every algorithm": "can be planned, and stage2 then says: no quantised",
+    "engine unbound: keeps to its folder and says what it was built with": "binds acme-runtime, and the manifest does",
+    "engine closing-once: two work at once and close twice": "AttributeError",
+    "engine peeking: later tokens do not change earlier logits": "first 10 logits change by",
+}
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, testing.Case]]:
+    """The cases of all broken plugins, which share one lab."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        install(monkeypatch, broken.write(tmp_path_factory.mktemp("broken")))
+        configs = {name: [testing.tiny_config()] for name in broken.FAMILIES if name != "unknown"}
+        yield {case.id: case for case in testing.cases("engine-recipes-broken", configs=configs)}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_promise_is_noticed_and_explained(cases: Mapping[str, testing.Case], fault: str) -> None:
+    with pytest.raises(pytest.fail.Exception, match=FAULTS[fault]) as caught:
+        cases[fault]()
+    assert str(caught.value).startswith(f"{fault}\n")
+    assert f"\nWhy: {cases[fault].promise}\nMore: docs/" in str(caught.value)
+
+
+REGISTRY = """api = 1
+[precisions.acme]
+module = "engine_recipes_acme.acme"
+"""
+MODULE = "from engine_recipes import hookimpl\n@hookimpl\ndef stage1(context): pass\n"
+
+
+@pytest.mark.parametrize(
+    ("registry", "module", "promise", "message"),
+    [
+        (REGISTRY.replace("api = 1", ""), MODULE, "its registry is read without problems", "add `api = 1`"),
+        (REGISTRY + 'bits = "many"', MODULE, "its registry is read without problems", "precisions.acme.bits"),
+        (REGISTRY + "bits = ", MODULE, "its registry is read without problems", "cannot be read"),
+        (
+            REGISTRY.replace("acme]", "fp16]"),
+            MODULE,
+            "its registry is read without problems",
+            "'fp16' is claimed by engine-recipes .* and engine-recipes-acme",
+        ),
+        (REGISTRY, "x = 1 / 0", "its modules have the hooks that they need", "ZeroDivisionError"),
+        (REGISTRY, MODULE.replace("stage1", "stage9"), "its modules have the hooks that they need", "stage9"),
+        (REGISTRY, "", "its modules have the hooks that they need", "no `@hookimpl def stage1`"),
+        (REGISTRY, f"import numpy\n{MODULE}", "importing its modules loads nothing heavy", "imports numpy"),
+        (REGISTRY + "#" * 200_000, MODULE, "listing it costs one small file", "has 200,0.. bytes"),
+        (REGISTRY + "options = { size = 3 }", MODULE, "its entries say what users need", "options.size has no help"),
+        (REGISTRY + 'requires = ["acme"]', MODULE, "its entries say what users need", "has no `install`"),
+        (REGISTRY + "limits = { tempo = { warn = 1 } }", MODULE, "its entries say what users need", "no metric tempo"),
+    ],
+    ids=lambda value: value[:30] if "\n" not in value else "",
+)
+def test_a_fault_of_the_whole_package_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registry: str, module: str, promise: str, message: str
+) -> None:
+    install(monkeypatch, package(tmp_path / "site", "engine-recipes-acme", registry, acme=module))
+    found = {case.id: case for case in testing.cases("engine-recipes-acme")}
+    with pytest.raises(pytest.fail.Exception, match=message):
+        found[f"package engine-recipes-acme: {promise}"]()
+
+
+@pytest.mark.parametrize(
+    ("entry", "case", "message"),
+    [
+        ('[models."acme-3b"]\nparameters = 3_000', "model acme-3b: its parameters are plausible", "its name says 3b"),
+        ('[models."acme-3b"]', "model acme-3b: its source can be named", "nowhere:x"),
+        ('[aliases]\nacme = "nobody"', "alias acme: it leads to a model", "there is no model nobody"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str, case: str, message: str
+) -> None:
+    model = '\nfamily = "llama"\nsource = "nowhere:x"' if "models" in entry else ""
+    install(monkeypatch, package(tmp_path / "site", "engine-recipes-acme", f"api = 1\n{entry}{model}\n"))
+    found = {one.id: one for one in testing.cases("engine-recipes-acme")}
+    with pytest.raises(pytest.fail.Exception, match=message):
+        found[case]()
+
+
+def test_a_package_that_is_not_installed_is_told_how_to_be() -> None:
+    found = {case.id: case for case in testing.cases("engine-recipes-nowhere")}
+    assert all(case_id.startswith("package ") for case_id in found)
+    with pytest.raises(pytest.fail.Exception, match=r"run `pip install -e \.` in its folder"):
+        found["package engine-recipes-nowhere: its registry is read without problems"]()
+
+
+def test_a_pattern_skips_cases_and_says_why(toy: None) -> None:
+    mark = testing.conformance("engine-recipes-toy", skip={"engine *: *": "the toy is no model"})
+    (name, found), ids = mark.args, mark.kwargs["ids"]
+    assert name == "case"
+    assert ids == [case.id for case in found]
+    skipped = [case for case in found if case.id.startswith("engine echo: ")]
+    assert len(skipped) > 10
+    with pytest.raises(pytest.skip.Exception, match="the toy is no model"):
+        skipped[0]()
+
+
+def test_what_a_user_set_up_takes_no_part(toy: None, own_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("registry.toml").write_text("nonsense = 1\n")
+    monkeypatch.setenv("RECIPES_PLUGINS", "0")
+    found = {case.id: case for case in testing.cases("engine-recipes-toy")}
+    with contextlib.suppress(pytest.skip.Exception):
+        found["package engine-recipes-toy: its registry is read without problems"]()
+    assert Path.cwd() == own_world / "here"
