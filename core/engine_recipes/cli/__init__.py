@@ -29,7 +29,8 @@ COMMANDS = {
     "engines": ("upkeep", "what has been built"),
     "rm": ("upkeep", "remove one engine"),
     "gc": ("upkeep", "remove what nothing refers to"),
-    "plugins": ("listing", "installed packages and what each adds"),
+    "plugins": ("packages", "installed packages: what each adds, and what is wrong with them"),
+    "new": ("starting", "write a plugin package: a family, a precision, an engine, or models and settings"),
     "doctor": ("machine", "this machine: what can be built here, what to install for the rest"),
     "completion": ("machine", "print a completion script for bash, zsh or fish"),
 }
@@ -84,7 +85,7 @@ def cli() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit with the code that docs/commands.md promises."""
+    """Run the command line and exit with the code that docs/reference/exit-codes.md promises."""
     for sign in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(sign) is not signal.SIG_IGN:  # nohup
             signal.signal(sign, _interrupt)

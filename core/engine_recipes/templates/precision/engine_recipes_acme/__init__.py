@@ -1,0 +1,1 @@
+"""A precision for engine-recipes."""
