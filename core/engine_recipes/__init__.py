@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         StageFailed as StageFailed,
     )
     from .hookspecs import hookimpl as hookimpl
+    from .runner import How as How
     from .sources.local import hub_cache as hub_cache
     from .sources.texts import read_texts as read_texts
     from .space import require_room as require_room
@@ -61,6 +62,7 @@ _HOME = {
     "RequestError": "errors",
     "StageFailed": "errors",
     "hookimpl": "hookspecs",
+    "How": "runner",
     "hub_cache": "sources.local",
     "read_texts": "sources.texts",
     "require_room": "space",

@@ -30,8 +30,13 @@ class Option:
     """One setting of a stage: its default says its type.
 
     Attributes:
+        default: what it is unless it is set.
+        choices: all that it may be.
+        min: smallest number.
+        max: largest number.
+        help: one line for `recipes show`.
         data: the value names data (`FILE.txt`, `hf:DATASET`): what counts in the key is its content, not its name.
-        keyed: False for a setting that says how a thing is done and not what it is; it is in no key.
+        keyed: `false` for a setting that says how a thing is done and not what it is; it is in no key.
         unset: what an option that is left empty amounts to: the tool's own default, for `refuses` to look at.
         versions: of the tool that have it, as a version range; compared with the option `version`.
         kind: of an option that may stay empty, what it is otherwise: an engine's own words; but of `folders`, joined by
@@ -57,7 +62,12 @@ class Option:
 
 @dataclass(frozen=True)
 class Limit:
-    """Where a metric warns and fails for one precision; what is left out is the metric's own."""
+    """Where a metric warns and fails for one precision; what is left out is the metric's own.
+
+    Attributes:
+        warn: beyond it the verdict is `warn`.
+        fail: beyond it the engine is rejected.
+    """
 
     warn: float | None = None
     fail: float | None = None
@@ -65,7 +75,11 @@ class Limit:
 
 @dataclass(frozen=True)
 class Needs:
-    """Hardware that a precision pays on, as a version range: `compute = ">=8.9"`. Empty: any."""
+    """Hardware that a precision pays on. Empty: any.
+
+    Attributes:
+        compute: compute capability of the GPU, as a version range: `>=8.9`.
+    """
 
     compute: str = ""
 
@@ -95,7 +109,8 @@ class Refusal:
 
     Attributes:
         when: all of these hold. The key is `target`, `compute`, `precision`, `algorithm`, or an option as in `--set`;
-            the value a pattern, see `combinations.matches`.
+            the value is `a|b`, shell patterns of which one must fit, or a version range, `>=8.9,<10`; with `!` before
+            it, all that does not fit.
         why: one line, what is wrong.
         instead: one line, what to do about it.
     """
@@ -129,6 +144,7 @@ class Family(Entry):
     """Models that share a description.
 
     Attributes:
+        module: the Python module with its hooks.
         architectures: the class names of `config.json` it knows.
         references: what can run their unquantised source, in order of preference; nothing: the defaults.
     """
@@ -140,7 +156,14 @@ class Family(Entry):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Model(Entry):
-    """One model. `source` are the places its checkpoint may come from, in order of preference."""
+    """One model.
+
+    Attributes:
+        family: the name of its family.
+        source: the places its checkpoint may come from, in order of preference.
+        parameters: how many, for estimates.
+        license: of the weights, as an SPDX name where there is one.
+    """
 
     family: str
     source: tuple[str, ...]
@@ -153,6 +176,10 @@ class StageEntry(Entry):
     """A calibration, a precision or an engine: what it needs, what it takes and gives, and its options.
 
     Attributes:
+        module: the Python module with its hooks.
+        takes: kinds of artifact that it can work on.
+        gives: the kind of artifact that it writes.
+        options: what `--set` can change, by name.
         requires: distributions, `onnx>=1.17`; alternatives are joined by `|`.
         install: what to run when one is missing.
         costs: what the stage takes at its peak.
@@ -198,6 +225,9 @@ class Metric(Entry):
 
     Attributes:
         worse: which way is worse, `above` or `below` the limits.
+        help: one line on what it is.
+        warn: the limit for a warning.
+        fail: the limit for a rejection.
     """
 
     worse: Literal["above", "below"]
@@ -212,8 +242,9 @@ class Precision(StageEntry):
 
     Attributes:
         limits: by metric, where validation warns and fails.
-        small_limits: the same for models of fewer than SMALL parameters, which lose more; over `limits`.
+        small_limits: the same for models of fewer than a billion parameters, which lose more; over `limits`.
         bits: per weight of the linear layers, for size estimates.
+        needs: hardware that it pays on.
         algorithm: the `quant_algo` of its checkpoints; nothing if they are not quantised.
         calibration: the name of what is measured first; nothing if the weights are all it needs.
     """
@@ -272,7 +303,13 @@ class Engine(StageEntry):
 
 @dataclass(frozen=True)
 class Defaults:
-    """What is chosen when the request leaves it open. `engines` and `references` in order of preference."""
+    """What is chosen when the request leaves it open.
+
+    Attributes:
+        precision: the name of one.
+        engines: in order of preference; the first that can be built here is taken.
+        references: in order of preference.
+    """
 
     precision: str = "fp16"
     engines: tuple[str, ...] = ()
