@@ -57,6 +57,7 @@ class Setup:
         wanted += [r for e in self.registry.engines.entries.values() for rs in e.target_requires.values() for r in rs]
         engines = self.registry.engines.entries.values()
         programs = {name for engine in engines for names in engine.programs.values() for name in names}
+        programs |= {availability.tool_name(tool) for engine in engines for tool in engine.tools}
         return machine.read(wanted, programs)
 
     @cached_property

@@ -117,6 +117,10 @@ def no_gpu(engine: Engine, target: str, facts: Facts) -> MachineError | None:
 
 def no_program(engine: Engine, facts: Facts, options: Mapping[str, Value] | None = None) -> MachineError | None:
     """Which program an engine needs that is not here; None if all are. `options` as for `lacking`."""
+    if absent := next((tool for tool in engine.tools if tool_name(tool) not in facts.programs), ""):
+        name, variable = tool_name(absent), absent.partition("|")[0] if "|" in absent else ""
+        other = f", or name another in the environment variable {variable[1:]}" if variable else ""
+        return MachineError(f"{engine.name} needs the program {name}, not found here", f"install {name}{other}")
     if not engine.programs:
         return None
     options = options or {}
@@ -130,6 +134,12 @@ def no_program(engine: Engine, facts: Facts, options: Mapping[str, Value] | None
     usable = f", or {' or '.join(f'--runtime {other}' for other in here)}" if here else ""
     beside = f" beside {python}" if python else " here"
     return MachineError(f"{engine.name} needs the program {missing[0]}, not found{beside}", f"{engine.install}{usable}")
+
+
+def tool_name(tool: str) -> str:
+    """The program that an engine's `tools` mean: of `$CXX|g++` what the environment variable names, else the other."""
+    variable, _, name = tool.rpartition("|")
+    return os.environ.get(variable.removeprefix("$"), name) if variable else name
 
 
 def program(name: str, python: str, facts: Facts) -> str:

@@ -273,6 +273,8 @@ class Engine(StageEntry):
         needs_gpu: it compiles on the GPU that the engine is for, so this machine must have it.
         details: `package:NAME/FILE.toml`, more of `options` and `refuses`; read when a plan needs them.
         programs: what must be on the PATH, or beside `python`; by the value of the option `runtime`, if it has one.
+        tools: programs that stage 2 calls itself, on the PATH: `g++`, or `$CXX|g++`, what the environment variable
+            names, else g++.
         python: the interpreter of another environment that holds the engine's library; its option `python`.
         refuses: combinations that cannot work.
         binds: distributions that must have the same version where the engine runs as where it was built.
@@ -288,6 +290,7 @@ class Engine(StageEntry):
     needs_gpu: bool = False
     details: str = ""
     programs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tools: tuple[str, ...] = ()
     python: str = ""
     refuses: tuple[Refusal, ...] = ()
     binds: tuple[str, ...] = ()

@@ -162,3 +162,23 @@ def test_an_engine_of_another_version_of_its_library_is_refused_before_it_is_loa
         assert ran.error[0] == f"this engine was built with numpy 1.0.1, this machine has {here}"
         assert "recipes build ./toy-model:plain@echo" in ran.error[1]
     assert recipes("validate", "./toy-model:plain@echo").code == 3
+
+
+def test_a_tool_that_stage_two_calls_itself_is_looked_for_and_may_be_named_by_its_variable(
+    toy_model: Path, recipes: Recipes, toy_tool: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("registry.toml").write_text('[engines.echo]\ntools = ["$TOY_CC|no-such-compiler"]\n')
+    refused = recipes("build", "./toy-model:plain@echo")
+    assert refused.code == 3
+    assert refused.error == [
+        "echo needs the program no-such-compiler, not found here",
+        "install no-such-compiler, or name another in the environment variable TOY_CC",
+    ]
+    assert not workspace.exists()
+    assert recipes("build", "./toy-model:plain@echo", "--until", "stage1").code == 0
+    checks = {row["name"]: row for row in recipes("doctor", "--json").json["checks"]}
+    assert checks["no-such-compiler"]["verdict"] == "missing"
+    monkeypatch.setenv("TOY_CC", "toy-tool")
+    assert recipes("build", "./toy-model:plain@echo").code == 0
+    checks = {row["name"]: row for row in recipes("doctor", "--json").json["checks"]}
+    assert checks["toy-tool"]["found"].startswith(str(toy_tool))

@@ -162,6 +162,12 @@ def _disks(setup: Setup) -> Iterator[dict[str, Any]]:
 
 def _programs(engine: Engine, facts: Facts) -> Iterator[dict[str, Any]]:
     """Programs of an engine's own, beside those for containers, and the versions of their environment."""
+    for tool in engine.tools:
+        name = availability.tool_name(tool)
+        path = facts.programs.get(name, "")
+        yield _check(
+            name, "ok" if path else "missing", path or "not on the PATH", f"needed to build with {engine.name}"
+        )
     for name in dict.fromkeys(name for names in engine.programs.values() for name in names):
         if name in machine.PROGRAMS:
             continue

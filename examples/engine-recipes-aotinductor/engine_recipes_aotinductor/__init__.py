@@ -1,0 +1,1 @@
+"""PyTorch AOTInductor packages (.pt2) as engines for engine-recipes."""

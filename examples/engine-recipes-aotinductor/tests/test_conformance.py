@@ -1,0 +1,10 @@
+"""What every engine promises, checked by the suite of engine-recipes. Minutes: it compiles four tiny models."""
+
+from __future__ import annotations
+
+from engine_recipes import testing
+
+
+@testing.conformance("engine-recipes-aotinductor")
+def test_conformance(case: testing.Case) -> None:
+    case()
