@@ -27,18 +27,16 @@ if TYPE_CHECKING:
 def check_decoder(context: StageContext, decoder: Decoder) -> None:
     """Refuse a model, or a machine, that cannot be compiled for, before the checkpoint is converted."""
     check_model(decoder, _max_seq_len(context))
-    machine.compiler()
     machine.check_cpu()
 
 
 @hookimpl
 def stage2(context: StageContext) -> Mapping[str, Any]:
     """Write `model.pt2`, `weights.safetensors` and `engine.json`."""
-    compiler = machine.compiler()
     machine.check_cpu()
     with checkpoint.open_checkpoint(context.input("trtllm-checkpoint").path) as weights:
         build(weights, context.out, context.cache, _max_seq_len(context))
-    return {"cpu": machine.ARCHITECTURE, "compiler": machine.compiler_version(compiler)}
+    return {"cpu": machine.ARCHITECTURE, "compiler": machine.compiler_version(machine.compiler())}
 
 
 @hookimpl
