@@ -216,8 +216,7 @@ def api() -> Iterator[str]:
         tree = ast.parse(_source(name).read_text(encoding="utf-8"))
         yield f"## `engine_recipes.{name}`\n\n{(ast.get_docstring(tree) or '').splitlines()[0]}\n"
         for member in public_names(tree):
-            shadowed = (_source(name).parent / f"{member}.py").is_file() and _source(name).stem == "__init__"
-            yield f"::: engine_recipes.{name}.{member}{f'.{member}' if shadowed else ''}\n"
+            yield f"::: engine_recipes.{name}.{member}\n"
 
 
 def _source(module: str) -> Path:

@@ -1,7 +1,8 @@
 """For MkDocs: files of the repository that pages link to, such as `benchmarks/README.md`, become part of the site.
 
 Links are written as they are for a reader of the repository, `../../benchmarks/README.md`. The site has those files
-under `repository/`; a folder stands for its README, and the repository's own README for the home page.
+under `repository/`; a folder stands for its README, and the repository's own README for the home page. Names of the API
+are written as they are imported, `checkpoint.convert`, also where mkdocstrings would find a module of that name.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 _LINK = re.compile(r"(\]\()([^)\s#:]+)(?=[)#])")
+_NAME = re.compile(r"^::: engine_recipes\.(\w+)\.(\w+)$", flags=re.M)
 _PLACE = "repository/"
 
 
@@ -42,7 +44,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
-    """Point links at where the site has their targets."""
+    """Point links at where the site has their targets, and names at functions rather than modules."""
     here = page.file.src_uri
     source = here.removeprefix(_PLACE) if here.startswith(_PLACE) else f"docs/{here}"
 
@@ -51,7 +53,11 @@ def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
         place = target.removeprefix("docs/") if target.startswith("docs/") else _PLACE + target
         return link[1] + os.path.relpath(place, os.path.dirname(here) or ".")
 
-    parts = markdown.split("```")  # code is left as it is
+    def inside(name: re.Match[str]) -> str:
+        module = ROOT / "core" / "engine_recipes" / name[1] / f"{name[2]}.py"
+        return f"{name[0]}.{name[2]}" if module.is_file() else name[0]
+
+    parts = _NAME.sub(inside, markdown).split("```")  # code is left as it is
     parts[::2] = [_LINK.sub(moved, part) for part in parts[::2]]
     return "```".join(parts)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,7 +76,17 @@ def test_an_engine_is_completed_by_the_file_it_names(registry: Registry) -> None
     assert complete(registry.engines["echo"]).options == registry.engines["echo"].options
 
 
-@pytest.mark.parametrize("text", ["options = 3", "[options]\nfuse = { defualt = 1 }", "not toml", "[other]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "options = 3",
+        "[options]\nfuse = { defualt = 1 }",
+        "not toml",
+        "[other]",
+        "a = " + "[" * 20000,
+        "a = " + "9" * 5000,
+    ],
+)
 def test_a_wrong_file_is_an_error_that_names_file_and_owner(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
@@ -89,3 +100,13 @@ def test_a_wrong_file_is_an_error_that_names_file_and_owner(
 def test_a_file_that_is_missing_is_an_error_too(registry: Registry) -> None:
     with pytest.raises(RequestError, match="cannot be read"):
         complete(replace(registry.engines["tool"], details="package:engine_recipes_toy/none.toml"))
+    with pytest.raises(RequestError, match="cannot be read"):
+        complete(replace(registry.engines["tool"], details="package:engine_recipes_toy/\0"))
+
+
+def test_a_pipe_is_not_waited_for(registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = package(tmp_path / "site", "pipe-pack", "api = 1\n")
+    os.mkfifo(folder / "pipe_pack" / "pipe.toml")
+    install(monkeypatch, folder)
+    with pytest.raises(RequestError, match="there is no such file"):
+        complete(replace(registry.engines["tool"], details="package:pipe_pack/pipe.toml"))

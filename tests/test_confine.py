@@ -10,10 +10,10 @@ import pytest
 PROLOGUE = """
 import os, shutil, sys
 from pathlib import Path
-from engine_recipes.confine import confine
+from engine_recipes.confine import confine, files_of
 root = Path(sys.argv[1])
-confine("stage1 of precision acme", "acme-pack", [root / "store", root / "source"], [root / "store/mine"])
-store, mine, source = root / "store", root / "store/mine", root / "source"
+store, mine, source, hub = root / "store", root / "store/mine", root / "source", root / "hub/snapshots/r1"
+confine("stage1 of precision acme", "acme-pack", [store, *files_of(source), *files_of(hub)], [mine])
 """
 TRICKS = {
     "write": "(store / 'other/file').write_text('x')",
@@ -25,6 +25,14 @@ TRICKS = {
     "relative": "os.chdir(mine); open('../other/file', 'w')",
     "by a link": "(mine / 'link').symlink_to(store / 'other/file'); open(mine / 'link', 'w')",
     "into the source": "(source / 'model.safetensors').write_text('x')",
+    "into a cache of links": "open(hub / 'model.safetensors', 'r+b')",
+    "into what the link leads to": "open(root / 'hub/blobs/b1', 'r+b')",
+    "remove the link": "(hub / 'model.safetensors').unlink()",
+    "replace the link": "(mine / 'a').touch(); os.replace(mine / 'a', hub / 'model.safetensors')",
+    "move the store away": "os.rename(store, root / 'elsewhere')",
+    "move what holds the store": "os.rename(root, root.with_name('gone'))",
+    "times": "os.utime(store / 'other/file', (0, 0))",
+    "a database": "import sqlite3; sqlite3.connect(store / 'other/file')",
     "mkdir": "(store / 'engine').mkdir()",
     "remove": "(store / 'other/file').unlink()",
     "remove a tree": "shutil.rmtree(store / 'other')",
@@ -44,16 +52,21 @@ FREE = {
     "copying in": "shutil.copy(store / 'other/file', mine / 'copy')",
     "elsewhere": "(root / 'elsewhere').write_text('x')",
     "temporary files": "import tempfile; tempfile.TemporaryDirectory().cleanup()",
+    "beside the source": "(source / 'venv').mkdir(); (source / 'venv/cache.pyc').write_text('x')",
+    "folders that are there": "os.makedirs(store / 'other', exist_ok=True); source.mkdir(exist_ok=True)",
+    "who only tries": "try:\n    (store / 'other/file').write_text('x')\nexcept OSError:\n    pass",
+    "an event of somebody else's": "sys.audit('open', 'x'); sys.audit('os.rename')",
     "a similar name": "(root / 'store-of-another').mkdir()",
 }
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    for folder in ("store/other", "store/mine", "source"):
+    for folder in ("store/other", "store/mine", "source", "hub/snapshots/r1", "hub/blobs"):
         (tmp_path / folder).mkdir(parents=True)
-    for file in ("store/other/file", "source/model.safetensors", "store/mine/kept"):
+    for file in ("store/other/file", "source/model.safetensors", "store/mine/kept", "hub/blobs/b1"):
         (tmp_path / file).write_text("precious")
+    (tmp_path / "hub/snapshots/r1/model.safetensors").symlink_to("../../blobs/b1")
     return tmp_path
 
 
@@ -64,9 +77,8 @@ def python(code: str, root: Path) -> subprocess.CompletedProcess[str]:
 
 
 def state(root: Path) -> dict[str, object]:
-    found = [
-        p for folder in ("store", "source") for p in (root / folder).rglob("*") if root / "store/mine" not in p.parents
-    ]
+    files = [p for folder in ("store", "source", "hub") for p in (root / folder).rglob("*")]
+    found = [p for p in files if root / "store/mine" not in p.parents]
     return {str(p): (p.stat().st_mode, p.read_text() if p.is_file() else "") for p in found}
 
 
@@ -74,7 +86,7 @@ def state(root: Path) -> dict[str, object]:
 def test_what_is_not_its_own_stays_as_it_is_and_the_culprit_is_named(root: Path, trick: str) -> None:
     before = state(root)
     done = python(TRICKS[trick], root)
-    assert "StageFailed: stage1 of precision acme would write to" in done.stderr
+    assert "Trespass: stage1 of precision acme would write to" in done.stderr
     assert "acme-pack" in done.stderr
     assert state(root) == before
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import different
@@ -75,3 +76,30 @@ def test_numbers_that_cannot_be_are_refused(said: dict[str, Any], differences: d
     with pytest.raises(RequestError, match=message) as caught:
         from_hf(tiny.config(head_dim=32, **said), **differences)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("embedding_scale", "2"),
+        ("embedding_scale", True),
+        ("embedding_scale", 10**400),
+        ("norm_offset", None),
+        ("rotary_size", "16"),
+        ("rotary_size", 16.0),
+        ("activation", None),
+        ("activation", []),
+        ("activation", ""),
+        ("heads", "4"),
+        ("tied", None),
+    ],
+)
+def test_what_a_family_passes_has_the_type_of_its_field(field: str, value: object) -> None:
+    with pytest.raises(RequestError, match=field) as caught:
+        from_hf(tiny.config(head_dim=32), **{field: value})
+    assert caught.value.hint
+    assert len(caught.value.message) < 120
+
+
+def test_numpys_numbers_are_numbers() -> None:
+    assert from_hf(tiny.config(), embedding_scale=np.sqrt(64)).embedding_scale == 8

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -48,6 +49,20 @@ def test_an_entry_point_that_is_nonsense_hides_no_other(
     assert registry.load().precisions["fp16"].name == "fp16"
 
 
+def test_a_package_that_is_gone_is_a_problem_and_no_file_of_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = package(tmp_path / "gone", "acme-gone", "api = 1\n")
+    (gone / "acme_gone").rename(tmp_path / "elsewhere")
+    install(monkeypatch, gone)
+    Path("acme_gone").mkdir()
+    Path("acme_gone", "registry.toml").write_text('[aliases]\nhijack = "smollm2-135m"\n')
+    monkeypatch.setattr("sys.path", [folder for folder in sys.path if folder not in ("", ".")])
+    found = registry.load()
+    assert "hijack" not in found.aliases
+    assert [problem.text for problem in found.problems] == ["its package acme_gone is not installed"]
+
+
 def test_a_damaged_entry_point_is_a_problem_of_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = package(tmp_path / "bad", "acme-bad", "api = 1\n")
     (bad / "acme_bad-0.3.dist-info" / "entry_points.txt").write_text("[engine_recipes]\nno equals sign\n")
@@ -82,8 +97,6 @@ def test_a_finder_that_raises_hides_no_package(tmp_path: Path, monkeypatch: pyte
         def find_spec(name: str, *_: object) -> None:
             if name == "acme_bad":
                 raise ZeroDivisionError
-
-    import sys
 
     install(monkeypatch, package(tmp_path / "good", "acme-good", "api = 1\n"))
     install(monkeypatch, package(tmp_path / "bad", "acme-bad", "api = 1\n"))

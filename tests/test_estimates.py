@@ -84,6 +84,21 @@ def test_tables_stay_at_16_bits(tmp_path: Path) -> None:
     assert said == (known.parameters - tables) + 2 * tables * 2
 
 
+def test_linear_layers_that_are_excluded_stay_at_16_bits(tmp_path: Path) -> None:
+    known = decoder(tmp_path)
+
+    def said(*excluded: str) -> int:
+        return estimate(known.parameters, EIGHTH, SWIFT, decoder=known, excluded=excluded)["stage1"].disk
+
+    assert said("*.mlp.proj") - said() == known.layers * known.hidden_size * known.intermediate_size
+    assert said("*.mlp.fc") - said() == 2 * known.layers * known.hidden_size * known.intermediate_size, "gate as well"
+    assert said("no such layer") == said()
+    loaded, without = (runtime(1, EIGHTH, SWIFT, tokens=0, decoder=known, excluded=e) for e in (["*.mlp.proj"], []))
+    assert loaded.gpu_memory - without.gpu_memory == said("*.mlp.proj") - said()
+    half = estimate(known.parameters, HALF, SWIFT, decoder=known)
+    assert estimate(known.parameters, HALF, SWIFT, decoder=known, excluded=["*.mlp.proj"]) == half
+
+
 def test_a_loaded_engine_takes_its_weights_and_the_cache_where_the_weights_are(tmp_path: Path) -> None:
     known = decoder(tmp_path)
     token = 2 * known.layers * known.kv_heads * known.head_size * 2

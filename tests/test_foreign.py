@@ -81,6 +81,30 @@ def test_a_checkpoint_of_another_algorithm_needs_a_precision_that_makes_it(
     assert "NVFP4" in ran.error[0]
 
 
+ODD = """
+[precisions.odd]
+module = "engine_recipes_precisions.plain"
+algorithm = "ODD"
+bits = 16
+"""
+
+
+def test_a_checkpoint_that_no_engine_runs_is_checked_as_far_as_it_can_be(
+    model: Path, recipes: Recipes, checkpoint: Path
+) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization"]["quant_algo"] = "ODD"
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    Path("registry.toml").write_text(ODD)
+    ran = recipes("validate", checkpoint, "--source", "./model:odd")
+    assert ran.code == 2
+    assert ran.error[0].endswith("is well-formed, and no engine here runs ODD: it was not judged further")
+    weights = checkpoint / "rank0.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64] + b"\xff" * 64)
+    ran = recipes("validate", checkpoint, "--source", "./model:odd")
+    assert ran.code == 5 and "holds NaN" in ran.error[0]
+
+
 def test_our_own_checkpoint_says_itself_what_it_was_made_from(model: Path, recipes: Recipes) -> None:
     (built,) = recipes("build", "./model:bf16", "--until", "stage1", "--json").json["builds"]
     (build,) = recipes("validate", built["checkpoint_dir"], *FAST, "--json").json["builds"]

@@ -210,12 +210,31 @@ def test_a_calibration_that_nobody_has_is_an_error_with_a_suggestion(registry: R
 
 
 def test_what_an_engine_cannot_run_on_a_gpu_is_refused_before_it_is_calibrated(registry: Registry) -> None:
-    with pytest.raises(RequestError, match=r"onnxruntime does not run fp8 \(FP8\) on sm90") as caught:
-        plan(registry, "smollm2-135m:fp8@onnxruntime", target="sm90")
-    assert caught.value.hint == "choose fp16 or @tensorrt-llm"
+    made = plan(registry, "smollm2-135m:fp8@onnxruntime", target="sm90")
+    error = made.lacks(["resolve", "calibrate", "stage1", "stage2"])
+    assert isinstance(error, RequestError) and made.blocked is error, "before any package that is missing"
+    assert error.message.endswith("cannot be built: onnxruntime does not run fp8 (FP8) on sm90")
+    assert error.hint == "choose fp16 or @tensorrt-llm"
     with_cuda = replace(CPU, gpus=(ADA,), versions={**CPU.versions, "onnxruntime-gpu": "1.31"})
     assert plan(registry, "smollm2-135m:fp16", facts=with_cuda).target == "sm89"
     assert plan(registry, "smollm2-135m:fp8", facts=with_cuda).target == "cpu"
+
+
+def test_a_checkpoint_can_be_made_that_no_engine_here_runs(registry: Registry) -> None:
+    entries = {**registry.precisions.entries, "odd": replace(registry.precisions["fp16"], name="odd", algorithm="ODD")}
+    odd = replace(registry, precisions=replace(registry.precisions, entries=entries))
+    for text in ("smollm2-135m:odd@onnxruntime", "smollm2-135m:odd"):
+        made = plan(odd, text)
+        assert made.target == "cpu" and made.engine.name == "onnxruntime"
+        assert made.lacks(["resolve", "stage1"]) is None
+        error = made.lacks(["resolve", "stage1", "stage2"])
+        assert error is not None and "onnxruntime does not run odd (ODD) on cpu" in error.message
+        assert error.hint
+
+
+def test_the_layers_that_stay_at_16_bits_are_read_from_the_option(registry: Registry) -> None:
+    assert plan(registry).excluded == ()
+    assert plan(registry, "smollm2-135m:fp8@onnxruntime", settings={"exclude": " a.*, ,b"}).excluded == ("a.*", "b")
 
 
 def test_what_a_gpu_is_too_old_for_is_refused_with_the_nearest_that_works(registry: Registry) -> None:

@@ -11,7 +11,8 @@ from hypothesis import given, settings, strategies as st
 from conftest import ROOT, install, package
 from engine_recipes import Ref, RequestError
 from engine_recipes.entries import Owner
-from engine_recipes.registry import Fragment, load, merge
+from engine_recipes.merging import merge
+from engine_recipes.registry import Fragment, load
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -58,11 +59,14 @@ def test_a_name_two_packages_claim_is_contested_and_only_its_use_is_refused(
     registry = load()
     with pytest.raises(RequestError, match=r"'nvfp4' is claimed by acme-nvfp4 0\.3 and zeta-nvfp4 0\.3"):
         registry.precisions["nvfp4"]
+    assert [problem.owner.package for problem in registry.problems] == ["acme-nvfp4", "zeta-nvfp4"]
+    assert all("is claimed by" in problem.text for problem in registry.problems)
     assert registry.precisions["fp16"].bits == 16
     user = own_world / "config" / "engine-recipes" / "registry.toml"
     user.parent.mkdir(parents=True)
     user.write_text('[prefer]\n"precisions.nvfp4" = "zeta-nvfp4"\n')
     assert load().precisions["nvfp4"].owner.package == "zeta-nvfp4"
+    assert load().problems == ()
 
 
 def test_user_and_project_change_fields_and_the_origin_is_remembered(own_world: Path) -> None:
@@ -124,7 +128,7 @@ def test_an_installed_package_with_errors_hurts_only_its_own_names(
     [
         ("[precisions", "cannot be read"),
         ("api = 2\n", "asks for plugin API 2"),
-        ('api = "x"\n', "asks for plugin API x"),
+        ('api = "x"\n', "api = 'x' is no version of the plugin API"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_a_problem_of_its_package(
@@ -223,8 +227,8 @@ details = "package:broken_pack/engine.toml"
     ("text", "said"),
     [
         (b"api = 2\n", "asks for plugin API 2, this is engine-recipes .* with API 1\ninstall a newer engine-recipes"),
-        (b"api = true\n", "asks for plugin API True"),
-        (b"api = 0\n", "asks for plugin API 0"),
+        (b"api = true\n", "api = True is no version of the plugin API\nwrite api = 1"),
+        (b"api = 0\n", "api = 0 is no version"),
         (b"\xff\xfe\x00", "cannot be read"),
         (b"x = " + b"[" * 20000, "cannot be read"),
         (b"x = " + b"9" * 5000, "cannot be read"),
@@ -263,18 +267,126 @@ def test_an_entry_point_that_names_our_package_takes_none_of_our_names(
 
 @pytest.mark.parametrize(
     ("kind", "entry"),
-    [("metrics.mean_kl", 'worse = "above"\nhelp = "mine"\n'), ("references.transformers", 'module = "acme"\n')],
+    [
+        ("metrics.mean_kl", 'worse = "above"\nhelp = "mine"\n'),
+        ("references.transformers", 'module = "acme"\n'),
+        ("precisions.fp16", 'module = "acme"\n'),
+        ("families.llama", 'module = "acme"\narchitectures = "LlamaForCausalLM"\n'),
+    ],
 )
-def test_no_package_takes_away_what_builds_are_judged_by(
+def test_no_package_takes_a_name_of_ours_unless_the_user_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_world: Path, kind: str, entry: str
 ) -> None:
     install(monkeypatch, package(tmp_path / "p", "acme-lax", f"api = 1\n[{kind}]\n{entry}"))
     registry = load()
     plural, name = kind.split(".")
     assert getattr(registry, plural)[name].owner.package == "engine-recipes"
-    assert [problem.text for problem in registry.problems] == [f"{kind}: engine-recipes has one of that name"]
+    (problem,) = registry.problems
+    assert problem.owner.package == "acme-lax"
+    assert problem.text.startswith(f"{kind}: engine-recipes has one of that name; `[prefer]` in your own registry.toml")
     Path("registry.toml").write_text(f'[prefer]\n"{kind}" = "acme-lax"\n')
     assert getattr(load(), plural)[name].owner.package == "acme-lax"
+
+
+def test_an_alias_that_is_the_name_of_a_model_is_none() -> None:
+    model = {"family": "llama", "source": "./x"}
+    evil = {"models": {"taken": model, "other": model}, "aliases": {"taken": "other", "qwen2.5-7b": "other"}}
+    registry = merge([*ALONE_FRAGMENTS, fragment(evil), fragment({"models": {"taken": model}}, "zeta")])
+    assert registry.expand(Ref("qwen2.5-7b")) == Ref("qwen2.5-7b")
+    assert registry.expand(Ref("taken")) == Ref("taken"), "what is contested is no alias either"
+    with pytest.raises(RequestError, match="is claimed by acme"):
+        registry.models["taken"]
+
+
+def test_an_alias_of_two_packages_is_refused_and_ours_stay() -> None:
+    (alias, ref), *_ = ALONE.aliases.items()
+    packages = [fragment({"aliases": {"q": f"{name}-3b", alias: "x"}}, name) for name in ("acme", "zeta")]
+    registry = merge([*ALONE_FRAGMENTS, *packages])
+    assert registry.aliases[alias] == ref
+    with pytest.raises(RequestError, match=r"alias 'q' is claimed by acme 0\.3 and zeta 0\.3"):
+        registry.expand(Ref("q"))
+    assert sorted(f"{p.owner.package} {p.text.partition(':')[0]}" for p in registry.problems) == [
+        "acme aliases.q",
+        f"acme aliases.{alias}",
+        "zeta aliases.q",
+        f"zeta aliases.{alias}",
+    ]
+    for mine in ({"prefer": {"aliases.q": "zeta"}}, {"aliases": {"q": "zeta-3b"}}):
+        merged = merge([*ALONE_FRAGMENTS, *packages, fragment(mine, "mine", installed=False)])
+        assert merged.expand(Ref("q", "fp16")) == Ref("zeta-3b", "fp16")
+
+
+def family(architecture: str, name: str) -> dict[str, object]:
+    return {"families": {name: {"module": name, "architectures": architecture}}}
+
+
+def test_an_architecture_of_two_packages_is_refused_until_the_user_chooses() -> None:
+    both = [*ALONE_FRAGMENTS, *(fragment(family("XForCausalLM", f"{who}-x"), who) for who in ("acme", "zeta"))]
+    with pytest.raises(
+        RequestError, match=r"architecture 'XForCausalLM' is claimed by acme 0\.3 and zeta 0\.3"
+    ) as caught:
+        merge(both).family_of("XForCausalLM")
+    assert '[prefer] "architectures.XForCausalLM" = "acme"' in caught.value.hint
+    mine = fragment({"prefer": {"architectures.XForCausalLM": "zeta"}}, "mine", installed=False)
+    assert merge([*both, mine]).family_of("XForCausalLM").name == "zeta-x"
+
+
+def test_our_family_describes_what_it_knows_unless_the_user_prefers_another() -> None:
+    both = [fragment(family("LlamaForCausalLM", "aaa"), "aaa"), *ALONE_FRAGMENTS]
+    assert merge(both).family_of("LlamaForCausalLM").name == "llama"
+    mine = fragment({"prefer": {"architectures.LlamaForCausalLM": "aaa"}}, "mine", installed=False)
+    assert merge([*both, mine]).family_of("LlamaForCausalLM").name == "aaa"
+    both = [*ALONE_FRAGMENTS, fragment(family("LlamaForCausalLM", "llama"), "aaa")]
+    mine = fragment({"prefer": {"families.llama": "aaa"}}, "mine", installed=False)
+    assert merge([*both, mine]).family_of("LlamaForCausalLM").owner.package == "aaa"
+
+
+TUNING = """[precisions.nvfp4]
+settings = { block = 32 }
+[precisions.nvfp4.options.block]
+max = 64
+[models."qwen2.5-7b".settings]
+block = 16
+"""
+
+
+@pytest.mark.parametrize("state", ["off", "missing", "unreadable", "newer"])
+def test_what_tunes_a_package_that_is_not_there_stops_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    text = {"unreadable": "[precisions", "newer": "api = 2\n"}
+    whole = PRECISION.format(module="acme") + "[precisions.nvfp4.options]\nblock = { default = 16 }\n"
+    if state != "missing":
+        install(monkeypatch, package(tmp_path / "p", "acme-nvfp4", text.get(state, whole)))
+    Path("registry.toml").write_text(TUNING)
+    if state == "off":
+        assert load().precisions["nvfp4"].options["block"].max == 64
+        monkeypatch.setenv("RECIPES_PLUGINS", "0")
+    registry = load()
+    assert registry.precisions["fp16"].bits == 16
+    with pytest.raises(RequestError) as caught:
+        registry.precisions["nvfp4"]
+    assert caught.value.message == "no installed package has precisions.nvfp4, which registry.toml changes"
+    assert "remove these lines" in caught.value.hint
+    assert "module" in caught.value.hint
+
+
+def test_a_wrong_key_is_an_error_whoever_has_the_name() -> None:
+    Path("registry.toml").write_text("[precisions.nvfp4]\nbitz = 3\n")
+    with pytest.raises(RequestError, match=r"precisions\.nvfp4\.bitz: unknown; did you mean bits"):
+        load()
+
+
+@pytest.mark.parametrize("key", ["defaults", "prefer", "gate"])
+def test_what_only_the_user_decides_is_an_unknown_key_in_a_package(key: str) -> None:
+    registry = merge([*ALONE_FRAGMENTS, fragment({key: {}})])
+    assert [problem.text.partition(";")[0] for problem in registry.problems] == [f"{key}: unknown"]
+
+
+def test_a_setting_that_no_option_has_is_a_problem_of_its_package() -> None:
+    models = {"x": {"family": "llama", "source": "./x", "settings": {"nosuch": 1}}}
+    (problem,) = merge([*ALONE_FRAGMENTS, fragment({"models": models})]).problems
+    assert problem.text.startswith("models.x.settings.nosuch: unknown")
 
 
 ALONE_FRAGMENTS = [fragment(TABLE, "engine-recipes")]
@@ -293,6 +405,9 @@ def test_whatever_an_installed_package_registers_ours_works_as_before(table: dic
     alone, together = ALONE, merge([*ALONE_FRAGMENTS, fragment(table)])
     for before, after in zip(alone.kinds, together.kinds, strict=True):
         for name, entry in before.entries.items():
-            assert name in after.unusable or repr(after.entries[name]) == repr(entry)
+            assert repr(after[name]) == repr(entry)
+            assert together.expand(Ref(name)) == alone.expand(Ref(name))
     assert (repr(alone.gate), repr(alone.defaults)) == (repr(together.gate), repr(together.defaults))
-    assert all(together.aliases[name] == ref for name, ref in alone.aliases.items())
+    assert all(together.expand(Ref(name)) == alone.expand(Ref(name)) for name in alone.aliases)
+    for architecture in {a for family in alone.families.entries.values() for a in family.architectures}:
+        assert repr(together.family_of(architecture)) == repr(alone.family_of(architecture))

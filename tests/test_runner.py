@@ -194,11 +194,13 @@ def test_a_stage_that_writes_into_its_input_is_stopped_and_the_input_is_as_it_wa
     assert [s.status for s in api.build(REF).stages][:2] == ["cached", "cached"]
 
 
+@pytest.mark.parametrize("mode", ["tamper", "tamper and raise"])
 def test_an_input_that_a_foreign_program_changed_is_made_again(
-    toy_model: Path, monkeypatch: pytest.MonkeyPatch
+    toy_model: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    monkeypatch.setenv("TOY", "stage2 tamper")
-    with pytest.raises(StageFailed, match=r"weights.json was changed while stage2 of engine echo .* read it"):
+    monkeypatch.setenv("TOY", f"stage2 {mode}")
+    said = r"weights.json was changed while stage2 of engine echo .* read it" if mode == "tamper" else "the toy broke"
+    with pytest.raises(StageFailed, match=said):
         api.build(REF)
     monkeypatch.setenv("TOY", "")
     build = api.build(REF)
@@ -206,6 +208,39 @@ def test_an_input_that_a_foreign_program_changed_is_made_again(
     checkpoint = build.path("stage1")
     assert checkpoint is not None
     assert not (checkpoint / "weights.json").read_text().endswith("\n")
+
+
+def test_an_input_that_another_process_made_again_meanwhile_is_nobodys_fault(
+    toy_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOY", "stage2 swap")
+    build = api.build(REF)
+    assert build.status == "built"
+    assert [s.status for s in api.build(REF).stages][:2] == ["cached", "cached"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        ("ask", "EOFError"),
+        ("reject", "I say so"),
+        ("strange", "stage1 of precision plain .* failed: Strange"),
+    ],
+)
+def test_a_stage_that_raises_what_it_should_not_has_failed_and_no_more(
+    toy_model: Path, monkeypatch: pytest.MonkeyPatch, mode: str, said: str
+) -> None:
+    monkeypatch.setenv("TOY", f"stage1 {mode}")
+    with pytest.raises(StageFailed, match=said):
+        api.build(REF)
+
+
+@pytest.mark.parametrize("mode", ["share", "emit nonsense"])
+def test_what_does_no_harm_is_no_matter(toy_model: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    monkeypatch.setenv("TOY", f"stage1 {mode}")
+    told: list[Event] = []
+    assert api.build(REF, listen=told.append).status == "built"
+    assert [event for event in told if event["event"] == "warn"] == []
 
 
 def test_an_artifact_with_a_link_out_of_its_folder_is_not_published(

@@ -223,6 +223,35 @@ def test_the_new_precision_loses_more_with_fewer_bits(tmp_path: Path, installed:
     assert errors[0] > 0.5 > errors[1] > 0.05 > errors[2] > 0.003
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_new_precision_rounds_to_the_nearest_level(bits: int, installed: Callable[[str, str], Path]) -> None:
+    installed("precision", "mine")
+    rows = np.random.default_rng(0).normal(size=(3, 1000)).astype(np.float32)
+    rows[1] = 0
+    result = import_module("engine_recipes_mine.precision").rounded(rows, bits)
+    step = np.abs(rows).max(axis=1, keepdims=True) / (2 ** (bits - 1) - 1)
+    assert (np.abs(result - rows) <= step / 2 * 1.001).all()
+    assert len(np.unique(result[0])) <= 2**bits - 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_workflow_installs_an_extra_that_there_is_and_a_family_meets_transformers(tmp_path: Path, kind: str) -> None:
+    folder = made(tmp_path, kind, "mine")
+    extras = tomllib.loads((folder / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (used,) = re.findall(r"'\.\[(\w+)\]'", (folder / ".github" / "workflows" / "test.yml").read_text())
+    wanted = " ".join(extras[used])
+    assert "engine-recipes-mine[test]" in wanted or used == "test"
+    assert ("transformers" in wanted) is (kind == "family")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_package_sends_nobody_to_an_index_that_has_no_engine_recipes(tmp_path: Path, kind: str) -> None:
+    folder = made(tmp_path, kind, "mine")
+    assert "pypi.org" not in "".join(path.read_text() for path in folder.rglob("*") if path.is_file())
+    assert "--find-links wheels" in (folder / ".github" / "workflows" / "test.yml").read_text()
+    assert "--outdir wheels" in (folder / "README.md").read_text()
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
@@ -296,8 +325,11 @@ def test_what_lies_at_the_place_is_left_alone(tmp_path: Path, there: str) -> Non
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(MachineError, match="cannot be written: Not a directory"):
-        scaffold.write(scaffold.Package("engine", "mine", "X"), tmp_path / "file" / "place")
+    place = tmp_path / "file" / "place"
+    with pytest.raises(MachineError) as caught:
+        scaffold.write(scaffold.Package("engine", "mine", "X"), place)
+    assert caught.value.message == f"{place} cannot be written: Not a directory"
+    assert caught.value.hint == "choose another place: --folder DIR"
 
 
 def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import availability, facts as machine, refs, registry, sources
 from .decoder import Decoder, architecture_of
 from .entries import Model
-from .errors import MachineError, RecipesError, RequestError, StageFailed
+from .errors import MachineError, RequestError
 from .events import Event
 from .facts import Facts
 from .registry import Registry
@@ -174,6 +174,7 @@ class Setup:
             self.decoder(plan),
             plan.ranks,
             bool(self.facts.gpus),
+            plan.excluded,
         )
         needs = {name: need for name, need in needs.items() if name in missing}
         return estimates.short(str(plan.ref), needs, self.facts, self.store.workspace)
@@ -258,31 +259,31 @@ def load(ref: str | Plan, *, workspace: str | Path | None = None, **choices: Any
 
     Raises:
         MachineError: it is not built, or its engine's packages are missing.
+        StageFailed: the engine cannot load it.
     """
     setup = open_setup(workspace)
     return load_plan(setup, setup.plan(ref, **choices) if isinstance(ref, str) else ref)
 
 
 def load_plan(setup: Setup, chosen: Plan, options: Mapping[str, Any] | None = None) -> Loaded:
-    """Load the engine of a plan."""
+    """Load the engine of a plan. Its own errors are StageFailed, also later, when it generates."""
+    from .guard import Guarded
+
     stage = chosen.stage("stage2")
     if chosen.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = chosen.gpus  # nothing of CUDA has been loaded in this process yet
-    return load_folder(setup.usable(chosen), stage.provider, {**stage.options, **(options or {})})
+    loaded = load_folder(setup.usable(chosen), stage.provider, {**stage.options, **(options or {})})
+    return replace(loaded, runtime=Guarded(loaded.runtime, stage.provider))
 
 
 def load_folder(folder: Path, provider: Provider, options: Mapping[str, Any] | None = None) -> Loaded:
-    """Load an engine folder with the engine that made it."""
+    """Load an engine folder with the engine that made it. The runtime is the engine's own, and so are its errors."""
+    from .guard import blamed
     from .host import Host
     from .tokenizer import Tokenizer
 
-    try:
+    with blamed(provider, f"{provider} cannot load {folder.name}", "build it again with --force"):
         runtime = Host([provider]).load_engine(provider, folder, dict(options or {}))
-    except RecipesError:
-        raise
-    except Exception as error:  # the engine's own code, in our process
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise StageFailed(f"{provider} cannot load {folder.name}: {reason}", "build it again with --force") from error
     return Loaded(folder, runtime, Tokenizer.load(folder), read_manifest(folder) or {})
 
 

@@ -40,6 +40,26 @@ def alternatives(registry: Registry, precision: Precision, engine: Engine, targe
 
 def unsupported(precision: Precision, engine: Engine, target: str) -> tuple[str, str]:
     """Why this pair can never work, and what to change; two empty strings if it can."""
+    found = mismatched(precision, engine, target)
+    return found if found[0] else unrunnable(precision, engine, target)
+
+
+def unrunnable(precision: Precision, engine: Engine, target: str) -> tuple[str, str]:
+    """That the engine cannot compute what the precision stores, which is made all the same, and what to change."""
+    part = next((part for part in parts(target) if not runs(engine, precision, part)), "")
+    if not part:
+        return "", ""
+    where = [pattern for pattern in engine.targets if runs(engine, precision, pattern)]
+    return (
+        f"{engine.name} does not run {precision.name} ({precision.algorithm}) on {part}",
+        f"choose --target {where[0].replace('*', '89')}, or another engine"
+        if where
+        else "choose another engine; --until stage1 makes its checkpoint alone",
+    )
+
+
+def mismatched(precision: Precision, engine: Engine, target: str) -> tuple[str, str]:
+    """Why not even a checkpoint is to be made of this pair, and what to change; two empty strings if it is."""
     if precision.gives not in engine.takes:
         takes = " or ".join(engine.takes)
         return f"{engine.name} takes {takes}, {precision.name} gives {precision.gives}", "choose another engine"
@@ -47,20 +67,14 @@ def unsupported(precision: Precision, engine: Engine, target: str) -> tuple[str,
         return f"{precision.name} takes {' or '.join(precision.takes)}", "choose another precision"
     if len(parts(target)) > 1 and not engine.combines:
         return f"{engine.name} builds for one target at a time", f"build for {parts(target)[0]}, then for the next"
-    return next((found for part in parts(target) if (found := _unsupported(precision, engine, part))[0]), ("", ""))
+    return next((found for part in parts(target) if (found := _mismatched(precision, engine, part))[0]), ("", ""))
 
 
-def _unsupported(precision: Precision, engine: Engine, target: str) -> tuple[str, str]:
+def _mismatched(precision: Precision, engine: Engine, target: str) -> tuple[str, str]:
     if not is_target(engine, target):
         return (
             f"{engine.name} builds for {_targets(engine)}, not {target}",
             f"give --target {engine.targets[0].replace('*', '89')} or another engine",
-        )
-    if not _runs(engine, precision, target):
-        where = [pattern for pattern in engine.targets if _runs(engine, precision, pattern)]
-        return (
-            f"{engine.name} does not run {precision.name} ({precision.algorithm}) on {target}",
-            f"choose --target {where[0].replace('*', '89')}, or another engine" if where else "choose another engine",
         )
     compute, needed = compute_of(target), precision.needs.compute
     if compute and needed and not within(compute, needed):
@@ -169,7 +183,7 @@ def requirements(engine: Engine, target: str) -> tuple[str, ...]:
 def default_target(precision: Precision, engine: Engine, facts: Facts) -> str:
     """This machine's GPU if the engine builds this for it and has what it needs, else the CPU, else the GPU."""
     for candidate in (facts.target, "cpu"):
-        fits = is_target(engine, candidate) and _runs(engine, precision, candidate)
+        fits = is_target(engine, candidate) and runs(engine, precision, candidate)
         if fits and not facts.missing(requirements(engine, candidate)):
             return candidate
     return "cpu" if "cpu" in engine.targets else facts.target
@@ -201,17 +215,19 @@ def untargeted(engine: Engine, facts: Facts) -> RequestError | MachineError:
 def default_engine(registry: Registry, precision: Precision, facts: Facts, target: str | None) -> str:
     """The first engine in order of preference that can build this here; else one that could elsewhere."""
     names = [n for n in registry.defaults.engines if n in registry.engines.entries]
-    possible = []
+    possible, here = [], []
     for name in names:
         engine = registry.engines[name]
         where = target or default_target(precision, engine, facts)
+        if not mismatched(precision, engine, where)[0]:
+            here.append(name)
         if not unsupported(precision, engine, where)[0] and not no_gpu(engine, where, facts):
             possible.append(name)
             if not facts.missing(requirements(engine, where)) and not no_program(engine, facts):
                 return name
     there = [name for name in names if target and all(is_target(registry.engines[name], t) for t in parts(target))]
-    if possible or there or names:
-        return (possible or there or names)[0]
+    if names:
+        return (possible or there or here or names)[0]
     raise RequestError("no engine is installed", "name one with @ENGINE, or install a package that adds one")
 
 
@@ -219,7 +235,7 @@ def _targets(engine: Engine) -> str:
     return ", ".join(sorted(engine.targets, key=lambda target: (len(target), target)))
 
 
-def _runs(engine: Engine, precision: Precision, target: str) -> bool:
-    """Whether the engine can run checkpoints of the precision's algorithm there."""
+def runs(engine: Engine, precision: Precision, target: str) -> bool:
+    """Whether the engine can run checkpoints of the precision's algorithm on this target, or pattern of targets."""
     known = [algorithms for pattern, algorithms in engine.algorithms.items() if fnmatch(target, pattern)]
     return not precision.algorithm or not known or any(precision.algorithm in algorithms for algorithms in known)

@@ -6,6 +6,7 @@ not read what only a plan needs.
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -56,10 +57,13 @@ def _read(engine: Engine) -> Details:
 
     try:
         path = texts.package_file(engine.details)
+        if not path.is_file():  # a pipe would be waited for
+            raise FileNotFoundError(errno.ENOENT, "there is no such file")
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # of the TOML too
+        reason = error.strerror if isinstance(error, OSError) else error
         raise RequestError(
-            f"{engine.details} ({engine.owner}) cannot be read: {error}", "install that package again"
+            f"{engine.details} ({engine.owner}) cannot be read: {reason}", "install that package again"
         ) from None
     errors: list[str] = []
     details = structure(Details, table, engine.name, errors)

@@ -26,52 +26,72 @@ _EVENTS: Mapping[str, tuple[tuple[int, int | None], ...]] = {
     "os.rmdir": ((0, 1),),
     "os.symlink": ((1, 2),),
     "os.truncate": ((0, None),),
+    "os.utime": ((0, 3),),
+    "sqlite3.connect": ((0, None),),
 }
 #: Of these, what happens to a link happens to what it leads to.
-_FOLLOW = ("open", "os.chmod", "os.truncate")
+_FOLLOW = ("open", "os.chmod", "os.truncate", "os.utime", "sqlite3.connect")
+#: These take along what lies below.
+_MOVE = ("os.rename", "os.rmdir")
+
+
+class Trespass(StageFailed, PermissionError):
+    """A stage would write to what is not its own. A PermissionError, so that libraries which only try to write, to keep
+    something for later, go on without."""
 
 
 def confine(who: str, package: str, protected: Iterable[Path], allowed: Iterable[Path]) -> None:
-    """From now on, and until this process ends, refuse to write below `protected`, except below `allowed`.
+    """From now on, and until this process ends, refuse to write to or below `protected`, except below `allowed`.
 
     Args:
         who: the provider, for the message.
         package: whose it is.
 
     Raises:
-        StageFailed: from whatever call would write there.
+        Trespass: from whatever call would write there.
     """
     walls = tuple(_prefix(path) for path in protected)
     doors = tuple(_prefix(path) for path in allowed)
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
         places = _EVENTS.get(event)
-        if places is None or (event == "open" and not (arguments[2] or 0) & _WRITES):
+        if places is None or (event == "open" and not (len(arguments) > 2 and (arguments[2] or 0) & _WRITES)):
             return
         for place, directory in places:
-            path = _real(event, arguments[place], None if directory is None else arguments[directory])
-            if path.startswith(walls) and not path.startswith(doors):
-                raise StageFailed(
-                    f"{who} would write to {path.rstrip(os.sep)}, which is not its own",
-                    f"nothing was changed there; report this to the authors of {package}: a stage writes into "
-                    "`context.out` alone",
-                )
+            if place >= len(arguments):  # raised by somebody else, under the same name
+                return
+            of = None if directory is None or directory >= len(arguments) else arguments[directory]
+            for path in _real(event, arguments[place], of):
+                inside = path.startswith(walls) or (event in _MOVE and any(wall.startswith(path) for wall in walls))
+                if inside and not path.startswith(doors) and not (event == "os.mkdir" and os.path.isdir(path)):
+                    raise Trespass(
+                        f"{who} would write to {path.rstrip(os.sep)}, which is not its own",
+                        f"nothing was changed there; report this to the authors of {package}: a stage writes into "
+                        "`context.out` alone",
+                    )
 
     sys.addaudithook(watch)
 
 
+def files_of(folder: Path) -> list[Path]:
+    """The files at the top of a folder, and what they lead to: those of a Hugging Face cache are links."""
+    found = [path for path in sorted(folder.iterdir()) if path.is_file()] if folder.is_dir() else []
+    return [*found, *(path.resolve() for path in found if path.is_symlink())]
+
+
 def _prefix(path: Path) -> str:
-    return os.path.join(os.path.realpath(path), "")
+    """Of a folder's own path the links are resolved, of a file's those on the way to it."""
+    real = os.path.realpath(path if path.is_dir() else path.parent)
+    return os.path.join(real if path.is_dir() else os.path.join(real, path.name), "")
 
 
-def _real(event: str, path: Any, directory: Any) -> str:
-    """What an event is about, with a separator at its end; empty for a file that is open already."""
-    if isinstance(path, int):
-        return ""
+def _real(event: str, path: Any, directory: Any) -> list[str]:
+    """What an event is about, each with a separator at its end; nothing for a file that is open already."""
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        return []
     text = os.fsdecode(path)
     if isinstance(directory, int) and directory >= 0:
         text = os.path.join(os.path.realpath(f"/proc/self/fd/{directory}"), text)
-    if event in _FOLLOW:
-        return os.path.join(os.path.realpath(text), "")
     folder, name = os.path.split(os.path.abspath(text))
-    return os.path.join(os.path.realpath(folder), name, "")
+    found = [os.path.join(os.path.realpath(folder), name, "")]
+    return [*found, os.path.join(os.path.realpath(text), "")] if event in _FOLLOW else found

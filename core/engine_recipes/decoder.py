@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 from .errors import RequestError
@@ -36,6 +37,9 @@ HF_NAMES: Mapping[str, str] = {
 
 #: Rope scalings that TensorRT-LLM accepts; `default` is not one of them and is written as null.
 ROPE_SCALINGS = ("linear", "dynamic", "longrope", "llama3", "yarn", "mrope")
+
+#: Of the fields that hold one value, by annotation.
+_TYPES: Mapping[Any, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ def from_hf(config: Mapping[str, Json], /, **differences: Any) -> Decoder:
     hidden = _integer(config, "hidden_size")
     head_size = _integer(config, "head_dim", hidden // heads)
     theta, scaling = rope_settings(config)
-    fields: dict[str, Any] = {
+    described: dict[str, Any] = {
         "architecture": architecture_of(config),
         "vocab_size": _integer(config, "vocab_size"),
         "hidden_size": hidden,
@@ -157,9 +161,10 @@ def from_hf(config: Mapping[str, Json], /, **differences: Any) -> Decoder:
         "dtype": str(config.get("dtype") or config.get("torch_dtype") or "float32"),
         "rotary_size": _rotary_size(config, head_size),
     }
-    fields.update(differences)
-    fields["names"] = {**HF_NAMES, **differences.get("names", {})}
-    decoder = Decoder(**fields)
+    described.update(differences)
+    described["names"] = {**HF_NAMES, **differences.get("names", {})}
+    decoder = Decoder(**described)
+    _check_types(decoder)
     _check(decoder)
     return decoder
 
@@ -169,7 +174,7 @@ def architecture_of(config: Mapping[str, Json]) -> str:
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise RequestError(
-            f"config.json says architectures = {names!r}",
+            f"config.json says architectures = {shortened(names)}",
             "one class name is needed, as save_pretrained writes it",
         )
     return names[0]
@@ -183,14 +188,14 @@ def rope_settings(config: Mapping[str, Json]) -> tuple[float, dict[str, Json] | 
     """
     key = "rope_scaling" if config.get("rope_parameters") is None else "rope_parameters"
     if not isinstance(config.get(key) or {}, Mapping):
-        raise RequestError(f"config.json: {key} is {config[key]!r}", "it is an object, or null")
+        raise RequestError(f"config.json: {key} is {shortened(config[key])}", "it is an object, or null")
     scaling = dict(config.get(key) or {})
     scaling.pop("partial_rotary_factor", None)  # it is `rotary_size`
     theta = scaling.pop("rope_theta", None)
     theta = config.get("rope_theta") if theta is None else theta
     if not isinstance(theta, (int, float)) or isinstance(theta, bool) or not 1 < theta < 1e300:
         raise RequestError(
-            f"config.json gives no rope base (rope_theta is {theta!r})",
+            f"config.json gives no rope base (rope_theta is {shortened(theta)})",
             "add rope_theta, or rope_parameters.rope_theta, as in the original model's config.json",
         )
     kind = scaling.pop("type", None)
@@ -198,7 +203,9 @@ def rope_settings(config: Mapping[str, Json]) -> tuple[float, dict[str, Json] | 
     if kind in (None, "default"):
         return float(theta), None
     if kind not in ROPE_SCALINGS:
-        raise RequestError(f"unknown rope scaling {kind!r} in config.json", f"known: {', '.join(ROPE_SCALINGS)}")
+        raise RequestError(
+            f"unknown rope scaling {shortened(kind)} in config.json", f"known: {', '.join(ROPE_SCALINGS)}"
+        )
     return float(theta), {**scaling, "rope_type": kind}
 
 
@@ -214,7 +221,7 @@ def _refuse(config: Mapping[str, Json]) -> None:
     for key in ("num_experts", "num_local_experts", "n_routed_experts"):
         if config.get(key):
             raise RequestError(
-                f"config.json says {key} = {config[key]!r}: a mixture of experts",
+                f"config.json says {key} = {shortened(config[key])}: a mixture of experts",
                 "only dense decoders are supported",
             )
 
@@ -226,17 +233,28 @@ def _rotary_size(config: Mapping[str, Json], head_size: int) -> int:
     partial = config.get("partial_rotary_factor") if partial is None else partial
     if partial is None:
         return 0
+    said = f"config.json says partial_rotary_factor = {shortened(partial)}"
     if not isinstance(partial, (int, float)) or isinstance(partial, bool) or not 0 < partial <= 1:
-        raise RequestError(
-            f"config.json says partial_rotary_factor = {partial!r}", "it is a share of each head, above 0 and at most 1"
-        )
+        raise RequestError(said, "it is a share of each head, above 0 and at most 1")
     size = int(head_size * partial)
     if size < 2 or size % 2:
         raise RequestError(
-            f"config.json says partial_rotary_factor = {partial!r}: {size} of each head's {head_size} elements",
+            f"{said}: {size} of each head's {head_size} elements",
             "rope turns pairs: an even number of at least 2 is needed",
         )
     return size if size < head_size else 0
+
+
+def _check_types(decoder: Decoder) -> None:
+    """A family's module may pass anything; what is no number would fail far from there."""
+    for one in fields(decoder):
+        value = getattr(decoder, one.name)
+        kinds = _TYPES.get(one.type)
+        if kinds and (not isinstance(value, kinds) or isinstance(value, bool) != (bool in kinds) or value == ""):
+            raise RequestError(
+                f"the decoder's {one.name} is {shortened(value)}",
+                f"{one.type} is needed: config.json is wrong, or what this family makes of it",
+            )
 
 
 def _check(decoder: Decoder) -> None:
@@ -250,28 +268,30 @@ def _check(decoder: Decoder) -> None:
         raise RequestError(f"rope needs an even head size, this is {d.head_size}", "config.json is wrong or damaged")
     if not (0 <= d.rotary_size <= d.head_size) or d.rotary_size % 2:
         raise RequestError(
-            f"rope is to rotate {d.rotary_size} of each head's {d.head_size} elements",
+            f"rope is to rotate {shortened(d.rotary_size)} of each head's {d.head_size} elements",
             "an even number, at most all of them, is needed",
         )
     if not 0 < d.embedding_scale < 1e300 or not abs(d.norm_offset) < 1e300:
         raise RequestError(
-            f"embedding_scale is {d.embedding_scale} and norm_offset {d.norm_offset}",
+            f"embedding_scale is {shortened(d.embedding_scale)} and norm_offset {shortened(d.norm_offset)}",
             "finite numbers are needed, the scale above 0",
         )
     if d.dtype not in ("float32", "float16", "bfloat16"):
-        raise RequestError(f"weights of dtype {d.dtype!r}", "convert the source to float32, float16 or bfloat16 first")
+        raise RequestError(
+            f"weights of dtype {shortened(d.dtype)}", "convert the source to float32, float16 or bfloat16 first"
+        )
 
 
 def _integer(config: Mapping[str, Json], key: str, default: int | None = None) -> int:
     value = config.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise RequestError(f"config.json: {key} is {value!r}", "a whole number above 0 is needed")
+        raise RequestError(f"config.json: {key} is {shortened(value)}", "a whole number above 0 is needed")
     return value
 
 
 def _number(config: Mapping[str, Json], key: str) -> float:
     value = config.get(key)
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
-        raise RequestError(f"config.json: {key} is {value!r}", "a number between 0 and 1 is needed")
+        raise RequestError(f"config.json: {key} is {shortened(value)}", "a number between 0 and 1 is needed")
     return float(value)

@@ -51,7 +51,13 @@ def _read(dist: Distribution, package: str, version: str) -> list[Advertised]:
         values = {point.value for point in dist.entry_points if point.group == GROUP}
     except Exception as error:  # what it raises for a damaged file is its own affair
         return [Advertised(package, version, problem=f"its entry_points.txt cannot be read: {error}")]
-    return [Advertised(package, version, path) for path in {_beside(value) for value in values}]
+    places = {_top(value): _folder(_top(value)) for value in sorted(values)}
+    return [
+        Advertised(package, version, Path(folder, "registry.toml"))
+        if folder
+        else Advertised(package, version, problem=f"its package {top} is not installed")
+        for top, folder in places.items()
+    ]
 
 
 def version(name: str) -> str | None:
@@ -74,15 +80,17 @@ def identity(dist: Distribution) -> tuple[str, str]:
     return header.get("name", ""), header.get("version", "")
 
 
-def _beside(value: str) -> Path:
-    """`registry.toml` in the folder of the top-level package that an entry point names, found without running it."""
+def _top(value: str) -> str:
+    """The top-level package that an entry point names."""
+    return value.partition(":")[0].partition(".")[0].strip() or repr(value)
+
+
+def _folder(package: str) -> str:
+    """The folder of a top-level package, found without running it; empty if there is none."""
     from importlib.util import find_spec
 
-    package = value.partition(":")[0].partition(".")[0].strip()
     try:
         spec = find_spec(package)
+        return next(iter(spec.submodule_search_locations or ()), "") if spec else ""
     except Exception:  # foreign finders are asked too: whatever one raises, nobody else may suffer
-        spec = None
-    for place in (spec.submodule_search_locations or ()) if spec else ():
-        return Path(place, "registry.toml")
-    return Path(package, "registry.toml")
+        return ""

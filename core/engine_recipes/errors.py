@@ -66,6 +66,23 @@ class Interrupted(RecipesError):
     exit_code = 130
 
 
+def one_line(text: object) -> str:
+    """A message or a hint as the one line that it must be, whatever a plugin gave; empty if it cannot be printed."""
+    try:
+        return " ".join(str(text).split())
+    except Exception:  # its own __str__
+        return ""
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of a foreign exception and the first line of what it says; it may say nothing that can be printed."""
+    try:
+        said = next(iter(str(error).strip().splitlines()), "")
+    except Exception:  # its own __str__
+        said = ""
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
 def disk_error(error: OSError, place: object) -> MachineError:
     """What the system said when something could not be written."""
     return MachineError(

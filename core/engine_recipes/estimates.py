@@ -7,13 +7,13 @@ A calibration's and a precision's costs are for each parameter of the model. An 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .decoder import Decoder
 from .entries import Calibration, Costs, Engine, Precision
-from .errors import MachineError
+from .errors import MachineError, RequestError
 from .facts import Facts
 from .space import free_bytes, human_bytes
 from .types import StageName
@@ -34,14 +34,17 @@ class Needs:
     gpu_memory: int = 0
 
 
-def weight_bytes(parameters: int, precision: Precision, decoder: Decoder | None = None) -> float:
-    """Bytes of the weights at a precision, a tied head counted once: tables at 16 bits, the rest at `bits`.
+def weight_bytes(
+    parameters: int, precision: Precision, decoder: Decoder | None = None, excluded: Sequence[str] = ()
+) -> float:
+    """Bytes of the weights at a precision, a tied head counted once: tables and the linear layers that patterns exclude
+    at 16 bits, the rest at `bits`.
 
     Without a decoder the tables are taken for those of 128,000 tokens, the head not tied, at a width that grows with
     the cube root of the parameters (4096 at 8 billion), and for a quarter of a small model.
     """
     if decoder:
-        tables = float(_tables(decoder) * (1 if decoder.tied else 2))
+        tables = float(_tables(decoder) * (1 if decoder.tied else 2)) + _kept(decoder, excluded)
         parameters = decoder.parameters
     else:
         tables = min(parameters / 4, 2 * 128e3 * 4096 * (parameters / 8e9) ** (1 / 3))
@@ -56,6 +59,7 @@ def estimate(
     decoder: Decoder | None = None,
     ranks: int = 1,
     gpu: bool = False,
+    excluded: Sequence[str] = (),
 ) -> dict[StageName, Needs]:
     """What each stage takes.
 
@@ -64,10 +68,11 @@ def estimate(
         decoder: the model, if it has been resolved: its tables are counted then.
         ranks: `tp_size` times `pp_size`: so many GPUs share an engine. The host builds for all of them.
         gpu: the calibration runs on a GPU: what grows with the model is in its memory and not in RAM.
+        excluded: patterns of linear layers that stay at 16 bits; they count if the decoder is known.
     """
     if not parameters:
         return {}
-    weights = weight_bytes(parameters, precision, decoder)
+    weights = weight_bytes(parameters, precision, decoder, excluded)
     head = _tables(decoder) * _TABLE if decoder and decoder.tied else 0  # the checkpoint has a copy of its own
     of_engine = _needs(engine.costs, weights / 2)
     found: dict[StageName, Needs] = {}
@@ -90,6 +95,7 @@ def runtime(
     decoder: Decoder | None = None,
     kv_bytes: int = 2,
     ranks: int = 1,
+    excluded: Sequence[str] = (),
 ) -> Needs:
     """What a loaded engine takes: its weights, and the KV cache on the GPU if it has the weights there, else in RAM.
 
@@ -97,11 +103,12 @@ def runtime(
         tokens: that the cache holds at once, of all sequences: `max_seq_len` times `max_batch_size`.
         kv_bytes: of one number in the cache: 2, or 1 if it has 8 bits.
         ranks: how many GPUs share weights and cache.
+        excluded: as for `estimate`.
     """
     if not parameters:
         return Needs()
     cache = round(tokens * kv_token_bytes(parameters, decoder, kv_bytes))
-    needs = _needs(engine.runtime, weight_bytes(parameters, precision, decoder) / 2)
+    needs = _needs(engine.runtime, weight_bytes(parameters, precision, decoder, excluded) / 2)
     if engine.runtime.gpu_memory:
         return Needs(needs.memory, gpu_memory=(needs.gpu_memory + cache) // ranks)
     return Needs(needs.memory + cache)
@@ -156,6 +163,20 @@ def _needs(costs: Costs, parameters: float) -> Needs:
         round(costs.disk * parameters),
         round(costs.gpu_memory * parameters),
     )
+
+
+def _kept(decoder: Decoder, patterns: Sequence[str]) -> int:
+    """Weights of the linear layers that patterns exclude. 0 for patterns that the precision is going to refuse."""
+    if not patterns:
+        return 0
+    from .checkpoint import excluded_linears, linear_sizes
+
+    try:
+        names = excluded_linears(decoder, patterns)
+    except RequestError:
+        return 0
+    sizes = linear_sizes(decoder)
+    return sum(sizes[name] for name in names)
 
 
 def _tables(decoder: Decoder) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from . import portability, refs
 from .api import Setup
+from .availability import runs
 from .entries import Precision
 from .errors import Rejected, RequestError, StageFailed
 from .planning import Plan
@@ -93,7 +94,6 @@ def _inputs(setup: Setup, ref: Ref, manifest: Mapping[str, Any]) -> dict[StageNa
 
 
 def _plan_checkpoint(setup: Setup, folder: Path, source: str | None, choices: Mapping[str, Any]) -> Plan:
-    from .checkpoint import verify
     from .checkpoint.source import read_json
 
     manifest = read_manifest(folder) or {}
@@ -103,19 +103,38 @@ def _plan_checkpoint(setup: Setup, folder: Path, source: str | None, choices: Ma
             f"nothing in {folder} says which model it was made from", "name it: --source MODEL[:PRECISION]"
         )
     ref = setup.registry.expand(refs.parse(claimed))
-    try:
-        verify(folder, contents=False)
-    except StageFailed as error:
-        raise Rejected(error.message, error.hint) from None
+    _check(folder, contents=False)
     config = read_json(folder / CONFIG)
     algorithm = (config.get("quantization") or {}).get("quant_algo") or ""
     precision = setup.registry.precisions[ref.precision] if ref.precision else _precision(setup, algorithm)
+    if not _is_run(setup, precision):
+        _check(folder)
+        raise RequestError(
+            f"{folder.name} is well-formed, and no engine here runs {precision.algorithm}: it was not judged further",
+            "install a package with an engine for it",
+        )
     files = sorted([folder / CONFIG, *folder.glob("rank*.safetensors")])
     # a manifest that came along says what the files were, not what they are
     ours = folder.parent == setup.store.workspace / PLACES["stage1"] and is_whole(folder, manifest)
     key = str(manifest["key"]) if ours else digest_of(files)
     ready: dict[StageName, Artifact] = {"stage1": Artifact(TRTLLM_CHECKPOINT, folder, key)}
     return setup.plan(str(Ref(ref.model, precision.name, ref.engine)), ready=ready, **choices)
+
+
+def _check(folder: Path, *, contents: bool = True) -> None:
+    """Reject a checkpoint that is malformed. `contents`: its weights are read as well."""
+    from .checkpoint import verify
+
+    try:
+        verify(folder, contents=contents)
+    except StageFailed as error:
+        raise Rejected(error.message, error.hint) from None
+
+
+def _is_run(setup: Setup, precision: Precision) -> bool:
+    """Whether an engine that is installed runs such checkpoints anywhere."""
+    engines = [e for e in setup.registry.engines.entries.values() if precision.gives in e.takes]
+    return any(runs(engine, precision, target) for engine in engines for target in engine.targets)
 
 
 def _precision(setup: Setup, algorithm: str) -> Precision:

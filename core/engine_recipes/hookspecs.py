@@ -213,7 +213,7 @@ def command(context: StageContext) -> Sequence[str]:
     """Which program of the user's stage 2 would run, and with which arguments.
 
     Called:
-        On the engine if its entry names `programs`, in the caller's process, for `recipes plan` to print it.
+        On the engine if its entry names `programs`, in a worker, for `recipes plan` to print it.
 
     Nothing is run, and nothing of `context.inputs` need exist. It must be quick and import nothing heavy.
 

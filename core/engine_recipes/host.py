@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import math
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from reprlib import repr as shortened
 from traceback import StackSummary, TracebackException
 from typing import Any
 
@@ -18,7 +21,7 @@ import pluggy
 
 from . import hookspecs
 from .decoder import Decoder
-from .errors import MachineError, StageFailed
+from .errors import MachineError, RecipesError, StageFailed, first_line, one_line
 from .types import Check, Findings, Measure, Provider, Report, Runtime, StageContext, Value
 
 
@@ -38,15 +41,17 @@ class Host:
 
         Raises:
             MachineError: the module cannot be imported, or has a hook that does not exist; whose it is, is said.
+            RecipesError: what the module raised, if that is one.
         """
         if self._manager.has_plugin(provider.module):
             return
         try:
-            with _time_limit(provider.module):
+            with _time_limit(provider, f"importing {provider.module}"):
                 module = import_module(provider.module)
-        except (Exception, SystemExit, _Hangs) as error:  # the one guard around foreign code at import
-            kind = "" if isinstance(error, _Hangs) else f"{type(error).__name__}: "
-            raise _unusable(provider, f"{kind}{error}") from error
+        except (RecipesError, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # the one guard around foreign code at import
+            raise _unusable(provider, first_line(error)) from error
         try:
             self._manager.register(module, name=provider.module)
             self._manager.check_pending()
@@ -80,9 +85,23 @@ class Host:
         return dict(told) if isinstance(told, Mapping) else {}
 
     def command(self, provider: Provider, context: StageContext) -> list[str] | None:
-        """Ask an engine which program of the user's it would run, with which arguments."""
-        words = self._one("command", provider, optional=True)(context=context)
-        return None if words is None else [str(word) for word in words]
+        """Ask an engine which program of the user's it would run, with which arguments.
+
+        Raises:
+            MachineError: it took too long, or returned something else; whose it is, is said.
+        """
+        ask = self._one("command", provider, optional=True)
+        with _time_limit(provider, "its `command`"):
+            words = ask(context=context)
+        if words is None:
+            return None
+        if (
+            isinstance(words, (str, bytes))
+            or not isinstance(words, Sequence)
+            or not all(isinstance(word, str) for word in words)
+        ):
+            raise _unusable(provider, f"its `command` returned {one_line(shortened(words))}, no sequence of str")
+        return list(words)
 
     def simulate(self, provider: Provider, context: StageContext) -> Runtime | None:
         """Have an engine compute what it would compute where it cannot run; None if it cannot do that."""
@@ -90,8 +109,18 @@ class Host:
         return runtime
 
     def load_engine(self, provider: Provider, folder: Path, options: Mapping[str, Any]) -> Runtime:
-        """Have an engine load what it compiled."""
+        """Have an engine load what it compiled.
+
+        Raises:
+            StageFailed: it returned something that cannot generate, or cannot be closed.
+        """
         runtime: Runtime = self._one("load_engine", provider)(folder=folder, options=options)
+        lacking = [name for name in ("generate", "close") if not callable(getattr(runtime, name, None))]
+        if lacking:
+            raise StageFailed(
+                f"load_engine of {provider} returned {type(runtime).__name__}, which has no {lacking[0]}",
+                f"report this to the authors of {provider.package}",
+            )
         return runtime
 
     def load_source(self, provider: Provider, context: StageContext) -> Runtime:
@@ -134,33 +163,29 @@ def import_problem(provider: Provider) -> str:
     """Why a provider's module cannot be used: the reason, and the traceback of its own code. Empty if it can."""
     try:
         Host([provider])
-    except MachineError as error:
-        lines = [error.message]
-        if cause := error.__cause__:
-            found = TracebackException.from_exception(cause)
-            ours = (__file__, "<frozen importlib", importlib.__file__)
-            found.stack = StackSummary.from_list(
-                [frame for frame in found.stack if not frame.filename.startswith(ours)]
-            )
-            lines.append("".join(found.format(chain=False)).rstrip())
-        return "\n".join(lines)
+    except RecipesError as error:
+        found = TracebackException.from_exception(error.__cause__ or error)
+        ours = (__file__, "<frozen importlib", importlib.__file__, contextlib.__file__)
+        found.stack = StackSummary.from_list([frame for frame in found.stack if not frame.filename.startswith(ours)])
+        return f"{one_line(error.message)}\n{''.join(found.format(chain=False)).rstrip()}"
     return ""
 
 
 def import_seconds() -> float:
-    """How long the import of a plugin's module may take: `RECIPES_IMPORT_SECONDS`, or 30."""
+    """How long the import of a plugin's module may take: `RECIPES_IMPORT_SECONDS`, from 0.1 to a day, or 30."""
     try:
-        return max(float(os.environ.get("RECIPES_IMPORT_SECONDS", "")), 0.1)
+        seconds = float(os.environ.get(_SECONDS, ""))
     except ValueError:
         return 30.0
+    return 30.0 if math.isnan(seconds) else min(max(seconds, 0.1), 86400.0)
 
 
 class _Hangs(BaseException):
-    """An import took too long. No Exception: a plugin may catch those."""
+    """Something took too long. No Exception: a plugin may catch those."""
 
 
 @contextmanager
-def _time_limit(module: str) -> Iterator[None]:
+def _time_limit(provider: Provider, what: str) -> Iterator[None]:
     """Interrupt the main thread if the block takes too long; elsewhere signals do not reach, and nothing is done."""
     seconds = import_seconds()
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
@@ -168,17 +193,21 @@ def _time_limit(module: str) -> Iterator[None]:
         return
 
     def interrupt(sign: int, frame: Any) -> None:
-        raise _Hangs(f"importing {module} took more than {seconds:g} seconds")
+        raise _Hangs
 
     before = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
+    except _Hangs as error:
+        hint = f"mend or uninstall {provider.package}, or give it more time with {_SECONDS}"
+        raise _unusable(provider, f"{what} took more than {seconds:g} seconds", hint) from error
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
+_SECONDS = "RECIPES_IMPORT_SECONDS"
 _HOOKS = tuple(name for name, hook in vars(hookspecs).items() if hasattr(hook, f"{hookspecs.NAME}_spec"))
 
 
@@ -197,10 +226,9 @@ def _first(results: list[Any]) -> Any:
     return results[0] if results else None
 
 
-def _unusable(provider: Provider, reason: str) -> MachineError:
-    return MachineError(
-        f"{provider} cannot be used: {reason}", f"mend or uninstall {provider.package}, or report this to its authors"
-    )
+def _unusable(provider: Provider, reason: str, hint: str = "") -> MachineError:
+    hint = hint or f"mend or uninstall {provider.package}, or report this to its authors"
+    return MachineError(f"{provider} cannot be used: {reason}", hint)
 
 
 def _trace_call(hook: str, impls: Any, arguments: Mapping[str, Any]) -> None:

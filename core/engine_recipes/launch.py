@@ -31,7 +31,19 @@ _ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "PYTHONUNBUFFERED": "1",
 }
+#: What a worker sends -> what that has beside its name.
+_EVENTS: Mapping[str, set[str]] = {
+    "progress": {"label", "done", "total", "unit"},
+    "log": {"text"},
+    "output": {"text"},
+    "warn": {"text"},
+    "importing": {"provider"},
+    "result": {"value", "peak_rss_bytes"},
+    "error": {"kind", "message", "hint", "output"},
+    "crash": {"message"},
+}
 _LAST_LINES = 40
+_PATIENCE = 0.5  # seconds that processes get to end which the worker left
 _GRACE = 3.0  # seconds that a worker and its pipes get to end by themselves
 
 
@@ -82,7 +94,7 @@ def call(
         final = _listen(process, inbox, listen, last)
     finally:
         stop(process)
-        if left := leftovers.end(mark):
+        if left := leftovers.end(mark, patience=_PATIENCE):
             names = ", ".join(sorted(set(left)))
             listen({"event": "warn", "text": f"{what} left {len(left)} running, which were ended: {names}"})
         for thread in (reader, receiver):
@@ -139,8 +151,16 @@ def _receive(pipe: IO[bytes], inbox: Queue[Event | None]) -> None:
     with pipe:  # closed here: a grandchild that left the session may hold it open for longer than we wait
         for line in pipe:
             with suppress(ValueError):  # a line cut short by a kill
-                inbox.put(json.loads(line))
+                event = json.loads(line)
+                if _is_event(event):
+                    inbox.put(event)
     inbox.put(None)
+
+
+def _is_event(event: Any) -> bool:
+    """Whether it is one that is known here, and whole: plugins may emit what they like."""
+    kind = event.get("event") if isinstance(event, dict) else None
+    return isinstance(kind, str) and kind in _EVENTS and event.keys() >= _EVENTS[kind]
 
 
 def _keep(pipe: IO[bytes], log: Path | None, last: deque[str]) -> None:
@@ -153,7 +173,7 @@ def _keep(pipe: IO[bytes], log: Path | None, last: deque[str]) -> None:
 
 
 def _answer(what: str, final: Event | str, code: int, output: str, log: Path | None) -> Answer:
-    where = f"its whole output: {log}" if log else ""
+    where = f"its whole output: {log}" if log else "report this to the authors of the package"
     if isinstance(final, str):
         what = f"{what}: importing {final}" if final else what
         raise errors.StageFailed(f"{what} {_died(code)}", f"{_why(code)}{where}", output)

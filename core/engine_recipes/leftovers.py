@@ -20,12 +20,19 @@ _ROUNDS = 20  # that a process gets which starts others faster than they are fou
 _PAUSE = 0.01  # seconds
 
 
-def end(mark: str) -> list[str]:
+def end(mark: str, patience: float = 0.0) -> list[str]:
     """End all processes but this one that carry the mark, by SIGKILL.
 
+    Args:
+        patience: seconds that they get to end by themselves, as those do that have been told to, or see that nobody
+            needs them any more.
+
     Returns:
-        Their names. Empty where the system has no /proc.
+        Names of those that were ended. Empty where the system has no /proc.
     """
+    late = time.monotonic() + patience
+    while time.monotonic() < late and any(True for _ in _marked(mark)):
+        time.sleep(_PAUSE)
     names: dict[int, str] = {}
     for _ in range(_ROUNDS):
         found = dict(_marked(mark))

@@ -13,13 +13,15 @@ from .availability import (
     default_target,
     is_target,
     lacking,
+    mismatched,
     not_fetched,
+    unrunnable,
     untargeted,
     why_not,
 )
 from .combinations import complete, refused
 from .entries import Calibration, Engine, Family, Model, Precision
-from .errors import MachineError, RequestError
+from .errors import MachineError, RecipesError, RequestError
 from .facts import Facts
 from .gate import Bound, limits
 from .options import SET, Setting
@@ -42,7 +44,8 @@ class Plan:
         not_compared: why validation compares the engine with nothing; empty if it does.
         cannot_run: why this machine cannot run the engine; empty if it can.
         facts: this machine.
-        lacking: by stage, a package, a program or a GPU that this machine has not.
+        lacking: by stage, why it cannot run: the engine does not compute what the precision stores, or this machine
+            has not a package, a program or a GPU. What is to be said first comes first.
         unavailable: data or a checkpoint that is missing; None if all is there.
     """
 
@@ -61,12 +64,12 @@ class Plan:
     not_compared: str
     cannot_run: str
     facts: Facts
-    lacking: Mapping[StageName, MachineError]
+    lacking: Mapping[StageName, RecipesError]
     unavailable: MachineError | None
 
     @property
-    def blocked(self) -> MachineError | None:
-        """Why this machine cannot build all of it now, and what to do; None if it can."""
+    def blocked(self) -> RecipesError | None:
+        """Why all of it cannot be built here and now, and what to do; None if it can."""
         return next(iter(self.lacking.values()), None) or self.unavailable
 
     @property
@@ -79,9 +82,10 @@ class Plan:
             words += ["--target", self.target]
         return shlex.join(words)
 
-    def lacks(self, stages: Iterable[StageName]) -> MachineError | None:
-        """What the first of these stages needs that this machine has not; None if they have all."""
-        return next((self.lacking[name] for name in stages if name in self.lacking), None)
+    def lacks(self, stages: Iterable[StageName]) -> RecipesError | None:
+        """The first reason why one of these stages cannot run; None if all can."""
+        names = set(stages)
+        return next((error for name, error in self.lacking.items() if name in names), None)
 
     @property
     def settings(self) -> dict[str, Setting]:
@@ -92,6 +96,12 @@ class Plan:
     def given(self) -> dict[str, Value]:
         """Options that `--set` gave, by the name they have there."""
         return {key: setting.value for key, setting in self.settings.items() if setting.origin == SET}
+
+    @property
+    def excluded(self) -> tuple[str, ...]:
+        """Patterns of the linear layers that stay at 16 bits, where the precision has an option for that."""
+        setting = self.settings.get("exclude")
+        return tuple(word.strip() for word in str(setting.value).split(",") if word.strip()) if setting else ()
 
     @property
     def recipe(self) -> dict[str, Value]:
@@ -169,7 +179,7 @@ def make(
         not_compared=builder.not_compared,
         cannot_run=builder.cannot_run or _too_few(of.engine, ranks(values), where, facts),
         facts=facts,
-        lacking=lacking(None if ready else of.calibration, of.precision, of.engine, where, facts, options),
+        lacking=_lacking(of, where, facts, options),
         unavailable=builder.blocked or (not_fetched(model) if located is None else None),
     )
 
@@ -194,7 +204,7 @@ def _decide(
     if not target and not is_target(engine, where):
         raise untargeted(engine, facts)
     reason, hint = why_not(registry, precision, engine, where)
-    if reason:
+    if reason and mismatched(precision, engine, where)[0]:
         raise _impossible(entries, reason, hint)
     choices = (
         ("precision", precision.name, ref.precision),
@@ -202,6 +212,16 @@ def _decide(
         ("target", where, target),
     )
     return entries, where, [f"{what} {name}" for what, name, given in choices if not given]
+
+
+def _lacking(of: Entries, target: str, facts: Facts, options: Mapping[str, Value]) -> dict[StageName, RecipesError]:
+    """Why stages cannot run. That the engine would not compute the checkpoint comes before any package."""
+    calibration = None if of.ready else of.calibration
+    found: dict[StageName, RecipesError] = {**lacking(calibration, of.precision, of.engine, target, facts, options)}
+    if not unrunnable(of.precision, of.engine, target)[0]:
+        return found
+    found.pop("stage2", None)
+    return {"stage2": _impossible(of, *why_not(of.registry, of.precision, of.engine, target)), **found}
 
 
 def ranks(values: Mapping[str, Value]) -> int:

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-from . import __version__, availability, gate, history, portability
+from . import __version__, availability, confine, gate, history, portability
 from .errors import Interrupted, RecipesError, Rejected, StageFailed, disk_error
 from .events import Event
 from .launch import Answer, call
@@ -21,6 +21,7 @@ from .types import DECODER, HF_CHECKPOINT, Artifact, Findings, Provider, Report,
 
 StageStatus = Literal["run", "cached", "skipped", "failed"]
 BuildStatus = Literal["built", "cached", "rejected", "failed"]
+State = tuple[int, int, int, int] | None
 
 
 @dataclass(frozen=True)
@@ -260,34 +261,43 @@ class _Walk:
         }
         what = f"{stage.name} of {stage.provider}"
         before = self.content()
-        answer = call(what, request, log, lambda e: self.listen({**e, "stage": stage.name}), self.plan.gpus)
-        if changed := [path for path, state in self.content().items() if state != before.get(path)]:
-            raise self.untrusted(stage, changed[0])
+        try:
+            answer = call(what, request, log, lambda e: self.listen({**e, "stage": stage.name}), self.plan.gpus)
+        finally:
+            changed = self.changed(before)
+        if changed:
+            raise StageFailed(
+                f"{changed} was changed while {what} read it",
+                f"it is not used again; if nobody else did it, report this to the authors of {stage.provider.package}",
+            )
         return answer
 
     def protected(self) -> list[str]:
         """What no stage may write to, but for its own folder: what others made, and the source."""
-        located = self.plan.located
-        return [*map(str, self.store.places), *([str(located.folder.absolute())] if located else [])]
+        source = confine.files_of(self.plan.located.folder) if self.plan.located else []
+        return [str(path) for path in (*self.store.places, *source)]
 
-    def content(self) -> dict[Path, tuple[int, int] | None]:
-        """Size and time of change of every file that the inputs consist of; None for one that is gone."""
-        folders = [(a.path, list((read_manifest(a.path) or {}).get("files", ()))) for a in self.artifacts]
+    def content(self) -> dict[Path, dict[Path, State]]:
+        """Of every folder that is read: itself, and its files."""
+        folders = {
+            a.path: [a.path / name for name in (read_manifest(a.path) or {}).get("files", ())] for a in self.artifacts
+        }
         if self.plan.located:
-            source = self.plan.located.folder
-            folders.append((source, [path.name for path in source.glob("*.safetensors")]))
-        return {folder / name: _state(folder / name) for folder, names in folders for name in names}
+            folder = self.plan.located.folder
+            folders[folder] = confine.files_of(folder)
+        return {folder: {path: _state(path) for path in (folder, *files)} for folder, files in folders.items()}
 
-    def untrusted(self, stage: Stage, path: Path) -> StageFailed:
-        """A library wrote where Python code is not let: what it wrote to is not what its key says any more."""
-        folder = next((a.path for a in self.artifacts if path.is_relative_to(a.path)), None)
-        if folder and self.store.owns(folder):
-            (folder / MANIFEST).unlink(missing_ok=True)
-        again = "it will be made again" if folder else "fetch or copy it again"
-        return StageFailed(
-            f"{path} was changed while {stage.name} of {stage.provider} read it",
-            f"{again}; if nobody else did it, report this to the authors of {stage.provider.package}",
-        )
+    def changed(self, before: Mapping[Path, Mapping[Path, State]]) -> Path | None:
+        """The first file that is not as it was. An artifact's folder is then no longer taken for whole: a library wrote
+        where Python code is not let. A folder that another process has put in its place is nobody's fault."""
+        for folder, files in before.items():
+            now = {path: _state(path) for path in files}
+            wrong = [path for path in files if path != folder and now[path] != files[path]]
+            if wrong and _same_folder(files[folder], now[folder]):
+                if self.store.owns(folder):
+                    (folder / MANIFEST).unlink(missing_ok=True)
+                return wrong[0]
+        return None
 
     def context(self, stage: Stage, out: Path) -> StageContext:
         return StageContext(
@@ -394,12 +404,17 @@ class _Walk:
         self.listen({"event": "stage", "stage": stage.name, "status": what, "provider": str(stage.provider), **more})
 
 
-def _state(path: Path) -> tuple[int, int] | None:
+def _state(path: Path) -> State:
+    """Device, inode, size and time of change; for a folder the first two say which it is."""
     try:
         found = path.stat()
     except OSError:
         return None
-    return found.st_size, found.st_mtime_ns
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _same_folder(before: State, now: State) -> bool:
+    return before is not None and now is not None and before[:2] == now[:2]
 
 
 def _rejected(plan: Plan, report: Report, engine: Path) -> Rejected:

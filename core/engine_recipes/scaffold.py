@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .errors import RequestError, disk_error
+from .errors import MachineError, RequestError
 from .registry import Names, Registry
 
 if sys.version_info >= (3, 11):
@@ -66,6 +66,7 @@ class Package:
             "engine_recipes_acme": self.module,
             "AcmeForCausalLM": self.architecture,
             "acme": self.name,
+            "EXTRA": "full" if self.kind == "family" else "test",  # what its workflow installs
         }
         pattern = re.compile("|".join(words))
         folder = _TEMPLATES / self.kind
@@ -161,7 +162,6 @@ def write(made: Package, folder: Path) -> list[str]:
         RequestError: the folder is there already.
         MachineError: it cannot be written.
     """
-    folder = folder.expanduser()
     if os.path.lexists(folder):
         raise RequestError(f"{folder} is there already", "choose another place: --folder DIR")
     files = made.files
@@ -173,7 +173,9 @@ def write(made: Package, folder: Path) -> list[str]:
             path.write_text(text, encoding="utf-8", newline="\n")
         beside.rename(folder)
     except OSError as error:
-        raise disk_error(error, folder) from error
+        raise MachineError(
+            f"{folder} cannot be written: {error.strerror or error}", "choose another place: --folder DIR"
+        ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return sorted(files)

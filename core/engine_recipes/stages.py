@@ -27,7 +27,8 @@ from .store import PLACES, Slot
 from .types import HF_CHECKPOINT, Artifact, Provider, StageName, Value
 
 #: Raise when keys must change although no version did: what a stage writes has another meaning.
-KEY_FORMAT = 1
+#: 2: lowering and conversion changed for the same inputs (decoders that differ from Llama).
+KEY_FORMAT = 2
 STAGES: tuple[StageName, ...] = ("resolve", "calibrate", "stage1", "stage2", "baseline", "validate")
 #: How the options of a stage are written in `--set`.
 PREFIXES: Mapping[str, str] = {

@@ -14,15 +14,17 @@ import resource
 import signal
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from . import events, gate, leftovers
 from .confine import confine
 from .decoder import Decoder
-from .errors import MachineError, RecipesError, StageFailed
+from .errors import MachineError, RecipesError, RequestError, StageFailed, first_line, one_line
 from .host import Host, import_problem, import_seconds
 from .types import CALIBRATION, DECODER, HF_CHECKPOINT, TRTLLM_CHECKPOINT, Provider, Report, StageContext
 
@@ -41,7 +43,9 @@ def main() -> None:
             channel.write(json.dumps(event) + "\n")
 
     call = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    lifeline = os.dup(0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # who asks a question in a stage gets no answer, and does not wait
+    threading.Thread(target=_die_with_parent, args=(lifeline,), daemon=True).start()
     _confine(call)
     code = 1
     with events.sink(send):
@@ -49,7 +53,7 @@ def main() -> None:
             value = perform(call)
             send({"event": "result", "value": value, "peak_rss_bytes": peak_rss_bytes()})
             code = 0
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # whatever a plugin raises: nobody interrupts a worker by an exception
             send(_as_event(error))
     channel.close()
     sys.stderr.flush()
@@ -59,7 +63,9 @@ def main() -> None:
 def _confine(call: Mapping[str, Any]) -> None:
     """Keep what other stages made from being changed by this one."""
     contexts = [call["context"]] if "context" in call else call.get("contexts", ())
-    allowed = [Path(context[place]) for context in contexts for place in ("out", "cache")]
+    # who is only asked has no folder to write into: `out` is where the engine may lie already
+    places = ("cache",) if call["action"] == "command" else ("out", "cache")
+    allowed = [Path(context[place]) for context in contexts for place in places]
     packages = dict.fromkeys(provider["package"] for provider in call["providers"])
     confine(call["what"], " or ".join(packages), [Path(path) for path in call.get("protected", ())], allowed)
 
@@ -68,12 +74,15 @@ def perform(call: Mapping[str, Any]) -> Any:
     """Do what the call says and return plain data."""
     providers = [Provider(**provider) for provider in call["providers"]]
     if call["action"] == "import":
-        return {provider.module: _watched(provider, import_problem) for provider in providers}
+        return _import(providers)
     host = Host()
     for provider in providers:
         _watched(provider, host.load)
     if call["action"] == "check":
         return _check(host, call)
+    if call["action"] == "command":
+        faulthandler.dump_traceback_later(import_seconds() + _GRACE, exit=True)
+        return host.command(providers[0], StageContext.from_json(call["context"]))
     if call["action"] == "bench":
         from .bench import Settings, measure
 
@@ -106,6 +115,16 @@ def perform(call: Mapping[str, Any]) -> Any:
     else:
         found = measuring.measure(host, providers, context, call["claims"]).as_json()
     _check_data(context, call["data"])
+    return found
+
+
+def _import(providers: Sequence[Provider]) -> dict[str, str]:
+    """Module -> why it cannot be used, empty if it can. All together get the time of one."""
+    found: dict[str, str] = {}
+    late = time.monotonic() + import_seconds()
+    for provider in providers:
+        if time.monotonic() < late:
+            found[provider.module] = _watched(provider, import_problem)
     return found
 
 
@@ -196,13 +215,14 @@ def _as_event(error: BaseException) -> events.Event:
             "free some, or choose another place with --workspace",
         )
     if isinstance(error, RecipesError):
-        # a plugin's own subclass travels as the error of ours that it is
-        kind = next(c.__name__ for c in type(error).__mro__ if c.__module__ == RecipesError.__module__)
-        kind = "StageFailed" if kind == "RecipesError" else kind
-        data = {"message": error.message, "hint": error.hint, "output": getattr(error, "output", "")}
-        return {"event": "error", "kind": kind, **data}
-    traceback.print_exc()
-    return {"event": "crash", "message": f"{type(error).__name__}: {error}".splitlines()[0]}
+        # a plugin's own subclass travels as what it is to the caller; none of them may say that the gate rejected
+        kinds = (RequestError, MachineError, StageFailed)
+        kind = next((kind for kind in kinds if isinstance(error, kind)), StageFailed).__name__
+        data = {"message": one_line(error.message), "hint": one_line(error.hint)}
+        return {"event": "error", "kind": kind, **data, "output": str(getattr(error, "output", ""))}
+    with suppress(Exception):  # of an exception that cannot be printed
+        traceback.print_exception(error)
+    return {"event": "crash", "message": first_line(error)}
 
 
 def peak_rss_bytes() -> int:
@@ -217,7 +237,7 @@ def peak_rss_bytes() -> int:
     return max(own, children)
 
 
-def _die_with_parent() -> None:
-    os.read(0, 1)  # returns only when the parent has gone or has closed the pipe to stop us
+def _die_with_parent(lifeline: int) -> None:
+    os.read(lifeline, 1)  # returns only when the parent has gone or has closed the pipe to stop us
     leftovers.end(os.environ.get(leftovers.MARK, ""))
     os.killpg(0, signal.SIGKILL)

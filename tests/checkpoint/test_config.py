@@ -67,10 +67,11 @@ def test_both_ways_to_say_how_much_of_a_head_is_rotated_are_read(said: dict[str,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"embedding_multiplier": None}, "does not say what the embedding's rows are multiplied by"),
         ({"embedding_multiplier": -1}, "embedding_multiplier is -1"),
         ({"embedding_multiplier": "8"}, "embedding_multiplier is '8'"),
+        ({"embedding_multiplier": "8" * 999}, r"embedding_multiplier is '8{12}\.\.\.8{13}'\n"),
         ({"inter_layernorms": True}, "norms behind the blocks"),
+        ({"architecture": "Gemma2ForCausalLM"}, "norms behind the blocks"),
         ({"rotary_embedding_dim": 64}, "rotary_embedding_dim is 64, of heads of 32"),
         ({"rotary_embedding_dim": 15}, "rotary_embedding_dim is 15"),
         ({"rotary_embedding_dim": None, "rotary_pct": 3}, "rotary_pct is 3"),
@@ -81,6 +82,58 @@ def test_a_gemma_that_cannot_be_understood_is_refused(changes: dict[str, object]
     with pytest.raises(RequestError, match=message) as caught:
         decoder_from_config({**config, **changes})
     assert caught.value.hint
+
+
+def test_what_modelopt_writes_of_a_gemma_is_understood() -> None:
+    decoder = different.resolve_checkpoint(tiny.config("gemma"))
+    config = config_json(decoder, "bfloat16")
+    for key in ("embedding_multiplier", "inter_layernorms", "tie_word_embeddings", "rotary_embedding_dim"):
+        del config[key]
+    assert decoder_from_config(config) == replace(decoder, config={}, norm_offset=0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_multiplier": 0.5}, "attention_multiplier = 0.5"),
+        ({"residual_multiplier": float("nan")}, "residual_multiplier = nan"),
+        ({"output_multiplier_scale": [2.0] * 999}, "output_multiplier_scale = .{0,50}, which"),
+        ({"residual_mlp": True}, "residual_mlp = True"),
+        ({"qk_layernorm": True}, "qk_layernorm = True"),
+    ],
+)
+def test_what_a_decoder_cannot_say_is_refused_and_not_left_out(changes: dict[str, object], message: str) -> None:
+    config = config_json(llama.resolve_checkpoint(tiny.config()), "float16")
+    assert decoder_from_config({**config, **dict.fromkeys(changes)})  # null is as if it were not there
+    with pytest.raises(RequestError, match=message) as caught:
+        decoder_from_config({**config, **changes})
+    assert "are supported" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        {"hidden_size": 65},
+        {"rotary_embedding_dim": 8},
+        {"rotary_pct": 0.5},
+        {"embedding_multiplier": 3.0},
+        {"tie_word_embeddings": True},
+        {"rotary_base": 1e6},
+        {"quantization": {"quant_algo": "FP8"}},
+    ],
+)
+def test_a_familys_keys_cannot_describe_another_model(family: dict[str, object]) -> None:
+    (key,) = family
+    with pytest.raises(RequestError, match=rf"Decoder\.config says {key} = ") as caught:
+        config_json(from_hf(tiny.config(), config={**LLAMA_CONFIG, **family}), "float16")
+    assert caught.value.hint
+
+
+def test_a_familys_keys_may_repeat_the_decoder_and_set_what_describes_no_model() -> None:
+    family = {"hidden_size": 64, "embedding_multiplier": 12.0, "rotary_pct": 1.0, "logits_dtype": "float16"}
+    config = config_json(from_hf(tiny.config(), embedding_scale=12.0, config=family), "float16")
+    assert config["embedding_multiplier"] == 12.0
+    assert config["logits_dtype"] == "float16"
 
 
 def test_rope_scaling_is_copied_whole() -> None:

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 import tiny
 from converted import built, resolve, source
-from engine_recipes import MachineError, RequestError, events
+from engine_recipes import MachineError, RequestError, StageFailed, events
 from engine_recipes.checkpoint import convert, layout, open_checkpoint, open_source, verify
 from engine_recipes.checkpoint.safetensors import SafeFile
 
@@ -260,7 +260,7 @@ def test_an_edit_sees_whole_rows_of_linear_weights_however_the_model_is_split(
     np.testing.assert_array_equal(joined[0]["transformer.vocab_embedding.weight"], arrays[plain])
 
 
-@pytest.mark.parametrize(("wrong", "said"), [(np.nan, "holds NaN"), (1e6, ""), (None, "became")])
+@pytest.mark.parametrize(("wrong", "said"), [(np.nan, "holds NaN"), (1e6, ""), (None, "instead of float32")])
 def test_an_edit_that_goes_wrong_is_named(tmp_path: Path, wrong: float | None, said: str) -> None:
     def edit(name: str, rows: Any) -> Any:
         return rows[:, 1:] if wrong is None else rows * 0 + wrong
@@ -268,14 +268,40 @@ def test_an_edit_that_goes_wrong_is_named(tmp_path: Path, wrong: float | None, s
     (tmp_path / "out").mkdir()
     with source(tmp_path / "source") as opened:
         if said:
-            with pytest.raises(ValueError, match=said):
+            with pytest.raises(StageFailed, match=f"_proj.weight was changed and .*{said}") as caught:
                 convert(opened, tmp_path / "out", edit=edit)
+            assert caught.value.hint == "report this to the authors of the precision"
             assert not (tmp_path / "out" / "config.json").exists()
         else:
             stats = convert(opened, tmp_path / "out", edit=edit)
             assert sum(stats.overflows.values()) == sum(
                 array.size for name, array in tiny.tensors(tiny.config()).items() if name.endswith("_proj.weight")
             )
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda rows: None, r"is of type NoneType instead of float32 \[\d+, \d+\]"),
+        (lambda rows: rows.tolist(), "is of type list instead of float32"),
+        (lambda rows: rows.astype(complex), r"is complex128 \[\d+, \d+\] instead of float32"),
+        (lambda rows: rows.astype(np.float64) * 0 + 1e300, "holds inf"),
+    ],
+)
+def test_an_edit_that_gives_no_weights_is_told_so(tmp_path: Path, edit: Any, said: str) -> None:
+    (tmp_path / "out").mkdir()
+    with source(tmp_path / "source") as opened, pytest.raises(StageFailed, match=said):
+        convert(opened, tmp_path / "out", edit=lambda name, rows: edit(rows))
+
+
+def test_an_edit_may_compute_with_more_bits(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    with source(tmp_path / "source") as opened:
+        convert(opened, tmp_path / "one")
+        convert(opened, tmp_path / "two", edit=lambda name, rows: rows.astype(np.float64))
+    one, two = ((tmp_path / name / "rank0.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
 
 
 @pytest.mark.parametrize("to", ["float16", "bfloat16", "float32"])

@@ -28,6 +28,7 @@ from engine_recipes.checkpoint import (
     quantize_linears,
     verify,
 )
+from engine_recipes.checkpoint.formats import Scheme
 from engine_recipes.checkpoint.safetensors import SafeFile
 from engine_recipes.gate.parts import Parts
 from engine_recipes.gate.weights import compare, measures
@@ -141,6 +142,9 @@ def test_excluded_layers_stay_as_they_are(tmp_path: Path) -> None:
         ({"centre": np.zeros(2, np.float32)}, r"centre is float32 \[2\] instead of float32 \[1\]"),
         ({"row_scale": np.zeros(64)}, r"row_scale is float64 \[64\] instead of float32"),
         ({"centre": np.full(1, np.nan, np.float32)}, "centre holds NaN or inf"),
+        ({"centre": np.ones(1, ">f4")}, r"centre is >f4 \[1\] instead of float32 \[1\]"),
+        ({"centre": [1.0]}, r"centre is of type list instead of float32 \[1\]"),
+        ({"centre": torch.ones(1)}, r"centre is of type Tensor instead of float32 \[1\]"),
     ],
 )
 def test_what_a_precision_gives_is_checked_and_its_authors_are_named(
@@ -149,8 +153,27 @@ def test_what_a_precision_gives_is_checked_and_its_authors_are_named(
     def quantise(linear: Linear) -> Mapping[str, Array]:
         return {name: array for name, array in {**made_up(linear), **changes}.items() if array is not None}
 
-    with pytest.raises(StageFailed, match=f"transformer.layers.0.attention.qkv.*{says}"):
+    with pytest.raises(StageFailed, match=f"transformer.layers.0.attention.qkv.*{says}") as caught:
         write(tmp_path, quantise=quantise)
+    assert caught.value.hint == "report this to the authors of the precision"
+
+
+@pytest.mark.parametrize("given", [None, [1, 2], 3])
+def test_a_precision_that_gives_no_mapping_is_told_so(tmp_path: Path, given: Any) -> None:
+    with pytest.raises(
+        StageFailed, match=f"qkv was quantised to a {type(given).__name__} and not to packed, row_scale"
+    ):
+        write(tmp_path, quantise=lambda linear: given)
+
+
+def test_only_where_float16_is_too_narrow_another_dtype_is_the_advice(tmp_path: Path) -> None:
+    def quantise(linear: Linear) -> Mapping[str, Array]:
+        made = made_up(linear)
+        return {**made, "tile_scale": made["tile_scale"] + np.float16("inf")}
+
+    with pytest.raises(StageFailed, match="tile_scale holds NaN or inf") as caught:
+        write(tmp_path, quantise=quantise)
+    assert "dtype=bfloat16" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -159,7 +182,22 @@ def test_what_a_precision_gives_is_checked_and_its_authors_are_named(
         ({"parts": ()}, "ACME_4 is not known, and no parts are given"),
         ({"algorithm": "FP8"}, "FP8 has its parts already"),
         ({"algorithm": "W8A16", "parts": ()}, "W8A16 has its parts already"),
-        ({"parts": (LinearPart("packed", "uint8", columns=32),), "tp_size": 2}, "cuts 32 that are stored together"),
+        (
+            {"parts": (LinearPart("packed", "uint8", columns=32),), "tp_size": 2},
+            "no whole groups of 32, which are stored together",
+        ),
+        ({"algorithm": ""}, "'' is no name of an algorithm"),
+        ({"algorithm": None}, "None is no name of an algorithm"),
+        ({"parts": (LinearPart("plain", "uint8"),)}, "its name means something else"),
+        ({"parts": (LinearPart("cache_scale", "uint8"),)}, "its name means something else"),
+        ({"parts": (LinearPart("bias", "uint8"),)}, "its name means something else"),
+        ({"parts": (LinearPart("../x", "uint8"),)}, "no identifier"),
+        ({"parts": (LinearPart("x", "int3"),)}, "no such dtype can be stored"),
+        ({"parts": (LinearPart("x", np.dtype("int8")),)}, "no such dtype can be stored"),  # type: ignore[arg-type]
+        ({"parts": (LinearPart("x", "int8", -1),)}, "0 or more"),
+        ({"parts": ("x",)}, "'x': that is no part"),
+        ({"parts": (PARTS[0], PARTS[0])}, "'packed' twice"),
+        ({"parts": tuple(LinearPart(f"x{n}", "int8") for n in range(17))}, "17 parts, and 16 are the most"),
     ],
 )
 def test_what_cannot_be_stored_is_refused_before_anything_is_written(
@@ -168,6 +206,30 @@ def test_what_cannot_be_stored_is_refused_before_anything_is_written(
     with pytest.raises(RequestError, match=says):
         write(tmp_path, **choices)
     assert not list((tmp_path / "checkpoint").iterdir())
+
+
+def test_what_no_split_could_store_is_not_blamed_on_the_split(tmp_path: Path) -> None:
+    parts = (LinearPart("packed", "uint8", columns=48),)
+    with pytest.raises(RequestError, match=r"columns of model\.layers\.0\.self_attn\.q_proj.weight 0 to 64") as caught:
+        write(tmp_path, parts=parts)
+    assert "tp_size" not in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ([{"name": f"p{n}", "dtype": "int8"} for n in range(200_000)], "200000 parts, and 16 are the most"),
+        ([{"name": "x" * 1_000_000 + ".", "dtype": "int8"}], "no identifier"),
+        ([{"name": "x", "dtype": "int8", "more": 1}], "no part"),
+        ([{"name": "plain", "dtype": "int8"}], "means something else"),
+        ("a" * 1_000_000, "no list"),
+        ([[[1]] * 100_000], "no part"),
+    ],
+)
+def test_what_no_checkpoint_of_ours_says_is_refused_in_one_short_line(given: Any, says: str) -> None:
+    with pytest.raises(RequestError, match=says) as caught:
+        Scheme.from_config({"quant_algo": "ACME_4", "linear_parts": given})
+    assert len(caught.value.message) < 200 and "\n" not in caught.value.message
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])

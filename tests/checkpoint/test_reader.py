@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from engine_recipes.checkpoint.safetensors import SafeFile, write
 QKV = "transformer.layers.1.attention.qkv.weight"
 
 
-def add(folder: Path, rank: int, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
-    """Put more tensors into a rank file."""
+def add(folder: Path, rank: int, changes: Mapping[str, np.ndarray[Any, Any] | None]) -> None:
+    """Put more tensors into a rank file, or (None) take them out."""
     path = folder / f"rank{rank}.safetensors"
     with SafeFile(path) as file:
-        arrays = {**{name: file.array(name).copy() for name in file.tensors}, **arrays}
+        held = {**{name: file.array(name).copy() for name in file.tensors}, **changes}
+    arrays = {name: array for name, array in held.items() if array is not None}
     path.unlink()
     data = ([array.tobytes()] for array in arrays.values())
     list(write(path, {name: (array.dtype.name, array.shape) for name, array in arrays.items()}, data))
@@ -61,6 +63,20 @@ def test_a_gemma_is_joined(tmp_path: Path, tp_size: int, pp_size: int) -> None:
         assert whole.decoder.embedding_scale == 8
         for name in whole.names():
             np.testing.assert_array_equal(whole.array(name), split.array(name))
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("arch", ["gemma", "llama"])  # the table split over ranks, and whole on each
+def test_a_tied_head_that_the_files_leave_out_is_the_embedding(tmp_path: Path, arch: str, tp_size: int) -> None:
+    out = built(tmp_path, arch, tp_size=tp_size, vocab_size=301, tie_word_embeddings=True)
+    with open_checkpoint(out) as checkpoint:
+        names, head = checkpoint.names(), checkpoint.array("lm_head.weight").copy()
+    for rank in range(tp_size):
+        add(out, rank, {"lm_head.weight": None})
+    with open_checkpoint(out) as checkpoint:
+        assert set(checkpoint.names()) == set(names)
+        np.testing.assert_array_equal(checkpoint.array("lm_head.weight"), head)
+        assert checkpoint.info("lm_head.weight") == (head.dtype.name, head.shape)
 
 
 def test_a_parallel_embedding_is_joined(tmp_path: Path) -> None:

@@ -259,3 +259,15 @@ def test_a_config_of_nonsense_is_refused_at_once(tmp_path: Path, name: str) -> N
         verify(out, contents=False)
     assert caught.value.hint
     assert time.perf_counter() - start < 1
+
+
+def test_a_tied_head_may_be_left_out_and_no_other(tmp_path: Path) -> None:
+    tied, apart = built(tmp_path / "tied", "gemma"), built(tmp_path / "apart", tie_word_embeddings=False)
+    for folder in (tied, apart):
+        change(folder, lm_head__weight=None)
+    verify(tied)
+    with pytest.raises(StageFailed, match=r"lacks lm_head\.weight"):
+        verify(apart)
+    change(tied, transformer__vocab_embedding__weight=None)
+    with pytest.raises(StageFailed, match=r"lacks transformer\.vocab_embedding\.weight"):
+        verify(tied)

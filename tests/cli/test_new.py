@@ -43,6 +43,24 @@ def test_json_names_the_folder_the_package_and_its_files(recipes: Recipes, kind:
     assert ran.json["files"] == sorted(str(p.relative_to(tmp_path / "deep" / "place")) for p in written)
 
 
+def test_the_way_into_a_folder_can_be_typed_as_it_is_printed(
+    recipes: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ran = recipes("new", "registry", "my-own", "--folder", "~/a place")
+    assert ran.code == 0, ran.err
+    assert f"cd '{tmp_path}/a place'" in ran.out
+    assert (tmp_path / "a place" / "pyproject.toml").is_file()
+    assert recipes("new", "registry", "mine", "--folder", "~/other", "--json").json["folder"] == f"{tmp_path}/other"
+
+
+def test_a_place_that_cannot_be_written_is_named(recipes: Recipes) -> None:
+    Path("file").write_text("")
+    ran = recipes("new", "registry", "my-own", "--folder", "file/place")
+    assert ran.code == 3
+    assert ran.error == ["file/place cannot be written: Not a directory", "choose another place: --folder DIR"]
+
+
 def test_a_family_is_of_the_architecture_that_is_given(recipes: Recipes) -> None:
     assert recipes("new", "family", "my-own", "--architecture", "OtherForCausalLM").code == 0
     text = Path("engine-recipes-my-own/engine_recipes_my_own/registry.toml").read_text()

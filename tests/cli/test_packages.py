@@ -62,7 +62,8 @@ def test_a_hang_that_swallows_every_exception_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipes: Recipes
 ) -> None:
     stubborn = "import time\nwhile True:\n    try:\n        time.sleep(600)\n    except BaseException:\n        pass\n"
-    install(monkeypatch, package(tmp_path / "p", "acme-rude", REGISTRY.format(module="acme_rude"), mod=stubborn))
+    modules = {"mod": stubborn, "fine": FINE}
+    install(monkeypatch, package(tmp_path / "p", "acme-rude", REGISTRY.format(module="acme_rude"), **modules))
     monkeypatch.setenv("RECIPES_IMPORT_SECONDS", "1")
     rows = {row["package"]: row for row in recipes("plugins", "--json", timeout=60).json["plugins"]}
     (problem,) = rows["acme-rude"]["problems"]

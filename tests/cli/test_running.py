@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Recipes
+from conftest import Recipes, install, package
 
 REF = "./toy-model:plain@echo"
 
@@ -68,3 +68,65 @@ def test_an_engine_outlives_its_source(toy_model: Path, recipes: Recipes) -> Non
     assert recipes("build", "mine:plain@echo").code == 0
     toy_model.rename("elsewhere")
     assert recipes("run", "mine:plain@echo", "abc", "--raw").out == "cba\n"
+
+
+EVIL = """
+import ctypes
+from engine_recipes import hookimpl
+
+@hookimpl
+def stage2(context):
+    (context.out / "engine.txt").write_text("x")
+
+@hookimpl
+def load_engine(folder):
+    print("from Python")
+    ctypes.CDLL(None).puts(b"from C")
+    return Engine()
+
+class Engine:
+    def generate(self, prompt, sampling, stop=frozenset()):
+        print("while it generates")
+        yield prompt[0]
+        if len(prompt) > 1:
+            raise ValueError("the rest")
+
+    def close(self):
+        print("at the end")
+        if self.broken:
+            raise SystemExit(0)
+    broken = BROKEN
+"""
+
+
+@pytest.fixture
+def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_model: Path) -> Path:
+    """The module of an engine that prints, and fails at every prompt but the shortest; told to, also when it closes."""
+    registry = """
+api = 1
+[engines.evil]
+module = "acme_evil.mod"
+takes = ["toy-checkpoint"]
+gives = "evil-engine"
+targets = ["cpu"]
+"""
+    install(monkeypatch, package(tmp_path / "evil", "acme-evil", registry, mod=EVIL.replace("BROKEN", "False")))
+    return tmp_path / "evil" / "acme_evil" / "mod.py"
+
+
+def test_what_an_engine_prints_stays_out_of_the_document(evil: Path, recipes: Recipes) -> None:
+    assert recipes("build", "./toy-model:plain@evil", "--no-validate").code == 0
+    ran = recipes("run", "./toy-model:plain@evil", "a", "--raw", "--json")
+    assert ran.json["text"] == "a"
+    for text in ("from Python", "from C", "while it generates", "at the end"):
+        assert text in ran.err
+
+
+def test_an_engine_that_fails_while_it_generates_or_closes_is_two_lines(evil: Path, recipes: Recipes) -> None:
+    assert recipes("build", "./toy-model:plain@evil", "--no-validate").code == 0
+    ran = recipes("run", "./toy-model:plain@evil", "abc", "--raw", "--json")
+    assert (ran.code, ran.out) == (4, "")
+    assert ran.error[0] == "engine evil (acme-evil 0.3) cannot generate: ValueError: the rest"
+    evil.write_text(EVIL.replace("BROKEN", "True"))
+    assert "cannot be closed: SystemExit: 0" in recipes("run", "./toy-model:plain@evil", "a", "--raw").error[0]
+    assert "cannot generate" in recipes("run", "./toy-model:plain@evil", "abc", "--raw").error[0], "the first is told"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Recipes
+from conftest import Recipes, install, package
 
 REF = "./toy-model:plain@tool"
 
@@ -42,6 +42,47 @@ def test_plan_prints_the_command_that_build_runs(toy_model: Path, recipes: Recip
     ran = Path(engine, "tool.txt").read_text().split()
     assert ran[:3] == ["--size", "7", checkpoint], "what was run is what was shown, but for the folder it wrote to"
     assert f"toy-tool --size 7 {checkpoint} {engine}/tool.txt" in recipes("plan", REF, *choices).out
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "message"),
+    [
+        ("print('chatter'); return ['sh', '-c', 'true']", 0, ""),
+        ("raise ValueError('boo')", 4, "command of engine evil (acme-evil 0.3) failed: ValueError: boo"),
+        ("import os; os._exit(0)", 4, "command of engine evil (acme-evil 0.3) ended with exit code 0 and no result"),
+        ("return 'sh -c true'", 3, "engine evil (acme-evil 0.3) cannot be used: its `command` returned 'sh -c true'"),
+    ],
+)
+def test_a_command_that_goes_wrong_is_its_plugins_fault_and_says_so(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    toy_model: Path,
+    recipes: Recipes,
+    body: str,
+    code: int,
+    message: str,
+) -> None:
+    registry = """
+api = 1
+[engines.evil]
+module = "acme_evil.mod"
+takes = ["toy-checkpoint"]
+gives = "evil-engine"
+targets = ["cpu"]
+programs = { local = ["sh"] }
+"""
+    module = f"from engine_recipes import hookimpl\n@hookimpl\ndef command(context):\n    {body}\n"
+    install(monkeypatch, package(tmp_path / "evil", "acme-evil", registry, mod=module))
+    assert recipes("build", "./toy-model:plain@evil", "--until", "stage1").code == 0
+    ran = recipes("plan", "./toy-model:plain@evil", "--json")
+    assert ran.code == code
+    if code:  # what the plugin printed, a traceback perhaps, and then the two lines
+        assert ran.out == ""
+        first, hint = ran.err.splitlines()[-2:]
+        assert first.startswith(f"error: {message}")
+        assert "authors" in hint
+    else:
+        assert [stage["command"] for stage in ran.json["stages"] if stage["command"]] == [["sh", "-c", "true"]]
 
 
 def test_what_the_engine_tells_is_in_the_manifest_and_its_cache_outlives_the_build(

@@ -13,7 +13,7 @@ import click
 import pytest
 
 from conftest import ROOT
-from engine_recipes import registry
+from engine_recipes import merging, registry
 from engine_recipes.cli import COMMANDS, cli
 from engine_recipes.entries import Owner
 
@@ -47,7 +47,7 @@ def commands(text: str) -> Iterator[list[str]]:
 @pytest.mark.parametrize("page", NAMES)
 def test_every_block_says_what_it_is(page: str) -> None:
     found = {name for _, name, _ in _BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))}
-    assert found <= {"", "sh", "python", "toml", "json", "jsonl", "text"}
+    assert found <= {"", "sh", "python", "toml", "json", "jsonl", "text", "diff"}
 
 
 @pytest.mark.parametrize("page", NAMES)
@@ -65,7 +65,7 @@ def test_toml_parses_and_fragments_are_accepted(page: str) -> None:
             continue
         assert table.pop("api", 1) == registry.API
         mine = registry.Fragment(Owner("engine-recipes-acme", "1"), table)
-        merged = registry.merge([ours, mine])
+        merged = merging.merge([ours, mine])
         assert merged.problems == ()
         assert all(not names.unusable for names in merged.kinds)
 

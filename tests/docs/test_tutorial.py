@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -32,14 +33,15 @@ QUICK = """\
 """
 
 
-class Reader:
-    """Somebody who types what the page says. `pip` and `pytest` are played: they need a network and a minute.
+#: The packages' own tests, and the cases that the edits could break. All of them take minutes on a busy machine.
+CASES = "test_a_ or test_rows or describes or unshard or stays"
 
-    CI runs both for real, see `.ci/run`.
-    """
+
+class Reader:
+    """Somebody who types what the page says. `pip` is played, as it needs a network; CI runs it, see `.ci/run`."""
 
     def __init__(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.here, self.installed, self.played = here, here / "site-packages", set[str]()
+        self.here, self.installed = here, here / "site-packages"
         self.installed.mkdir()
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(self.installed), *sys.path])))
 
@@ -49,11 +51,14 @@ class Reader:
         if program == "cd":
             self.here = (self.here / words[0]).resolve()
             return ""
-        if program in ("pip", "pytest"):
-            self.played.add(program)
-            return self.install() if program == "pip" else ""
-        call = {"recipes": command(*words), "python": [sys.executable, *words]}[program]
-        done = subprocess.run(call, cwd=self.here, capture_output=True, text=True, timeout=120, check=False)
+        if program == "pip":
+            return self.install()
+        call = {
+            "recipes": command(*words),
+            "python": [sys.executable, *words],
+            "pytest": [sys.executable, "-m", "pytest", "-W", "error", "-p", "no:cacheprovider", "-k", CASES, *words],
+        }[program]
+        done = subprocess.run(call, cwd=self.here, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
@@ -69,6 +74,15 @@ class Reader:
         (info / "entry_points.txt").write_text(f"[engine_recipes]\n{point} = {module}\n")
         return str(name)
 
+    def change(self, diff: str) -> None:
+        """Put the lines after + in place of those after -, in the file that the first line names."""
+        first, *lines = diff.splitlines()
+        file = self.here / first.removeprefix("# ")
+        old, new = ("".join(line[1:] + "\n" for line in lines if line[0] == sign) for sign in "-+")
+        text = file.read_text()
+        assert text.count(old) == 1, diff
+        file.write_text(text.replace(old, new))
+
     def edit(self, code: str) -> None:
         """Put a function in place of another, as the first line of the code says."""
         path, name = re.fullmatch(r"# (\S+), in place of (\w+)", code.splitlines()[0]).groups()  # type: ignore[union-attr]
@@ -82,7 +96,7 @@ class Reader:
 
 def steps() -> Iterator[tuple[str, str]]:
     for language, text in re.findall(r"^```(\w+)\n(.*?)^```$", TUTORIAL.read_text(encoding="utf-8"), flags=re.M | re.S):
-        yield from [(language, text)] if language == "python" else [(language, line) for line in text.splitlines()]
+        yield from [(language, line) for line in text.splitlines()] if language == "sh" else [(language, text)]
 
 
 def test_the_tutorial_works_as_it_is_written(tmp_path: Path, own_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,11 +106,23 @@ def test_the_tutorial_works_as_it_is_written(tmp_path: Path, own_world: Path, mo
     reader = Reader(tmp_path / "tutorial", monkeypatch)
     said = []
     for language, text in steps():
-        if language == "python":
-            reader.edit(text)
-        else:
+        if language == "sh":
             said.append((text, reader.type(text)))
+        else:
+            {"python": reader.edit, "diff": reader.change}[language](text)
     outputs = dict(said)
     assert "engine-recipes-acme 0.1.0" in outputs["recipes plugins"]
+    (printed,) = [output for line, output in said if line.startswith("recipes run")]
+    assert re.search(r"[!-~]{2}", printed), f"a reader would see nothing: {printed!r}"
     assert "acme-bits" in outputs["recipes compare"]
-    assert reader.played == {"pip", "pytest"}
+    family, precision = (output for line, output in said if line == "pytest")
+    assert int(re.findall(r"(\d+) passed", family)[0]) >= 4, family
+    assert int(re.findall(r"(\d+) passed", precision)[0]) >= 6, precision
+    assert clean(tmp_path / "tutorial"), "the edits leave an import that nothing uses"
+
+
+def clean(folder: Path) -> bool:
+    if not find_spec("ruff"):
+        return True
+    ruff = [sys.executable, "-m", "ruff", "check", "--no-cache", "--select", "E,F,I", str(folder)]
+    return subprocess.run(ruff, capture_output=True, check=False).returncode == 0

@@ -8,6 +8,7 @@ from conftest import package
 
 FAMILY = """
 import random
+from pathlib import Path
 
 from engine_recipes import from_hf, hookimpl
 
@@ -22,6 +23,8 @@ FAMILIES = {
     "moody": "return from_hf(config, max_positions=random.randint(100, 10**6))",
     "other-rope": "return from_hf(config, rope_theta=10.0)",
     "unknown": "return from_hf(config)",
+    "noting": "(Path.home() / 'notes.txt').write_text('x'); return from_hf(config)",
+    "renaming": "return from_hf(config, architecture='OtherForCausalLM')",
 }
 
 PRECISION = """
@@ -37,6 +40,7 @@ from engine_recipes import RequestError, checkpoint, hookimpl
 @hookimpl
 def stage1(context):
     tp_size, edit = context.options.get("tp_size", 1), None
+    unkeyed = context.options.get("unkeyed", 0)
     {before}
     with checkpoint.open_source(context.input("hf-checkpoint")) as source:
         checkpoint.convert(source, context.out, dtype="float16", tp_size=tp_size, edit=edit)
@@ -51,6 +55,9 @@ PRECISIONS = {
     "coarse": ("edit = lambda name, rows: (rows * 8).round() / 8", ""),
     "lopsided": ("edit = None if tp_size == 1 else lambda name, rows: rows / 2", ""),
     "open-ended": ("", ""),
+    "whole": ("tp_size = 1", ""),
+    "unkeyed": ("", "config['unkeyed'] = unkeyed"),
+    "own-noting": ("open(__file__ + '.txt', 'w').write('x')", ""),
     "parent": ("subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)", ""),
     "hiding": (
         "environment = {k: v for k, v in os.environ.items() if k != 'RECIPES_STAGE'}\n"
@@ -59,13 +66,29 @@ PRECISIONS = {
     ),
 }
 
+UNKEYED = 'unkeyed = { default = 0, min = 0, keyed = false, help = "workers" }'
+
 ENGINE = """
+import json
 import os
+import shutil
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import engine_recipes
 from engine_recipes import RequestError, Sampling, hookimpl
+
+
+def changed(context, **changes):
+    for file in context.out.glob("model*"):
+        file.unlink()
+    folder = Path(tempfile.mkdtemp(), "checkpoint")
+    shutil.copytree(context.inputs[0].path, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({{**config, **changes}}))
+    return replace(context, inputs=(replace(context.inputs[0], path=folder), *context.inputs[1:]))
 
 
 @hookimpl
@@ -144,6 +167,16 @@ ENGINES = {
         "",
     ),
     "unbound": ("", "", ""),
+    "moody": ("(context.out / 'extra.bin').write_bytes(os.urandom(10))", "", ""),
+    "silu-only": ("onnxruntime.stage2(changed(context, hidden_act='silu'))", "", ""),
+    "rope-blind": ("onnxruntime.stage2(changed(context, rotary_scaling=None))", "", ""),
+    "unscaled": ("onnxruntime.stage2(changed(context, embedding_multiplier=1.0))", "", ""),
+    "norm-blind": ("onnxruntime.stage2(changed(context, norm_epsilon=0.5))", "", ""),
+    "clinging": (
+        "(context.out / 'extra.bin').write_text(str(context.inputs[0].path))",
+        "assert Path((folder / 'extra.bin').read_text()).exists()",
+        "",
+    ),
     "closing-once": ("", "", """
     def close(self):
         del self.real
@@ -166,7 +199,8 @@ def write(folder: Path) -> Path:
         modules[module := f"precision_{name.replace('-', '_')}"] = PRECISION.format(before=before, after=after)
         lines += [f"[precisions.{name}]", f'module = "engine_recipes_broken.{module}"']
         lines += ['algorithm = "W8A16"'] * (name == "mislabelled")
-        option = "level = 3" if name == "open-ended" else 'tp_size = { default = 1, min = 1, help = "ranks" }'
+        option = 'tp_size = { default = 1, min = 1, help = "ranks" }'
+        option = {"open-ended": "level = 3", "unkeyed": UNKEYED}.get(name, option)
         lines += [f"[precisions.{name}.options]", option]
     for name, (stage2, load, methods) in ENGINES.items():
         modules[module := f"engine_{name.replace('-', '_')}"] = ENGINE.format(stage2=stage2, load=load, methods=methods)

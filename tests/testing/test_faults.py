@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conftest import install, package
 from engine_recipes import testing
+from engine_recipes.testing.lab import Lab
+from engine_recipes.testing.processes import left_over
 from testing import broken
 
 #: Case -> what its failure says.
@@ -25,6 +29,16 @@ FAULTS = {
     "precision coarse: stays close to the source": "on a tiny plain model its logits are .* 0.002 is allowed",
     "precision lopsided: split parts join to the whole": "tp_size 2: .* is not what it is without a split",
     "precision open-ended: refuses bad options when planned": "level=-1000000000 is accepted",
+    "precision whole: split parts join to the whole": "tp_size 2: there are 1 rank files, not 2",
+    "precision unkeyed: options that are in no key change no bytes": "with unkeyed = 1 and without differ in config",
+    "precision own-noting: keeps to its folder and says what it made": "precision_own_noting.py.txt",
+    "family noting: keeps to its folder when it describes": "home/notes.txt",
+    "engine moody: two builds give the same bytes": 'differ in extra.bin: .*skip={"engine moody: two builds',
+    "engine silu-only: computes or refuses early what few models say": "model with the activation gelu.* are",
+    "engine rope-blind: computes or refuses early what few models say": "model with llama3's rope_scaling logits are",
+    "engine unscaled: computes or refuses early what few models say": "model with embedding_scale 8 logits are",
+    "engine norm-blind: agrees with the source": r"tiny plain model logits .*\n.*\n.*\n.*tiny tied model",
+    "engine clinging: loads wherever its folder lies": "cannot load engine: AssertionError",
     "precision parent: keeps to its folder and says what it made": "after the stage has ended:\n.* left 1 running",
     "precision hiding: keeps to its folder and says what it made": "after the stage has ended:\nsleep 60",
     "precision hiding: a killed stage leaves nothing behind": "after the worker was killed there still runs",
@@ -53,6 +67,10 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, tes
         yield {case.id: case for case in testing.cases("engine-recipes-broken", configs=configs)}
 
 
+def test_a_description_may_say_another_architecture_than_its_config(cases: Mapping[str, testing.Case]) -> None:
+    cases["family renaming: knows its architectures"]()
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_broken_promise_is_noticed_and_explained(cases: Mapping[str, testing.Case], fault: str) -> None:
     with pytest.raises(pytest.fail.Exception, match=FAULTS[fault]) as caught:
@@ -78,7 +96,7 @@ MODULE = "from engine_recipes import hookimpl\n@hookimpl\ndef stage1(context): p
             REGISTRY.replace("acme]", "fp16]"),
             MODULE,
             "its registry is read without problems",
-            "'fp16' is claimed by engine-recipes .* and engine-recipes-acme",
+            "precisions.fp16: engine-recipes has one of that name",
         ),
         (REGISTRY, "x = 1 / 0", "its modules have the hooks that they need", "ZeroDivisionError"),
         (REGISTRY, MODULE.replace("stage1", "stage9"), "its modules have the hooks that they need", "stage9"),
@@ -119,10 +137,72 @@ def test_a_name_that_leads_nowhere_is_noticed(
 
 
 def test_a_package_that_is_not_installed_is_told_how_to_be() -> None:
-    found = {case.id: case for case in testing.cases("engine-recipes-nowhere")}
-    assert all(case_id.startswith("package ") for case_id in found)
-    with pytest.raises(pytest.fail.Exception, match=r"run `pip install -e \.` in its folder"):
-        found["package engine-recipes-nowhere: its registry is read without problems"]()
+    found = testing.cases("engine-recipes-nowhere", configs={"acme": [testing.tiny_config()]}, skip={"x": "y"})
+    assert all(case.id.startswith("package ") for case in found)
+    for case in found:
+        with pytest.raises(pytest.fail.Exception, match=r"run `pip install -e \.` in its folder"):
+            case()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"configs": {"toi": [{}]}}, "configs: there is no 'toi'; did you mean toy"),
+        ({"settings": {"plian": {"delay": 1}}}, "settings: there is no 'plian'; did you mean plain"),
+        ({"tolerance": {"fp61": 0.1}}, "tolerance: there is no 'fp61'; did you mean fp16"),
+        ({"skip": {"engine echo: agrees with": "no model"}}, "skip: no case is 'engine echo: agrees with'; did you"),
+    ],
+    ids=["configs", "settings", "tolerance", "skip"],
+)
+def test_a_name_that_nobody_has_is_no_argument(toy: None, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        testing.conformance("engine-recipes-toy", **arguments)
+
+
+ENGINE = '[engines.bad]\nmodule = "engine_recipes_acme.bad"\ntakes = ["acme"]\ngives = "bad"\ntargets = ["cpu"]\n'
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [("import time; time.sleep(30)", "took more than 10 seconds"), ("import os; os._exit(3)", "exit code 3")],
+    ids=["hangs", "ends the process"],
+)
+def test_a_module_that_cannot_be_imported_fails_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, message: str
+) -> None:
+    install(monkeypatch, package(tmp_path / "site", "engine-recipes-acme", REGISTRY + ENGINE, acme=MODULE, bad=body))
+    found = {case.id: case for case in testing.cases("engine-recipes-acme")}
+    with pytest.raises(pytest.fail.Exception, match=f"engines.bad: .*{message}"):
+        found["package engine-recipes-acme: its modules have the hooks that they need"]()
+    for case in (case for case in found.values() if case.id.startswith("engine bad: ")):
+        with pytest.raises(pytest.skip.Exception, match="cannot be imported"):
+            case()
+
+
+def test_a_traceback_shows_the_plugins_own_code_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = "from engine_recipes import hookimpl\n@hookimpl\ndef resolve_checkpoint(config):\n    return 1 / 0\n"
+    registry = 'api = 1\n[families.acme]\nmodule = "engine_recipes_acme.acme"\narchitectures = ["AcmeForCausalLM"]\n'
+    install(monkeypatch, package(tmp_path / "site", "engine-recipes-acme", registry, acme=module))
+    configs = {"acme": [testing.tiny_config("AcmeForCausalLM")]}
+    found = {case.id: case for case in testing.cases("engine-recipes-acme", configs=configs)}
+    with pytest.raises(pytest.fail.Exception, match="ZeroDivisionError: division by zero") as caught:
+        found["family acme: describes its configs"]()
+    assert str(caught.value).count('  File "') == 1
+    assert "engine_recipes_acme/acme.py" in str(caught.value)
+
+
+def test_what_pytests_own_process_started_is_no_left_over(toy: None) -> None:
+    lab = Lab("engine-recipes-toy")
+    with lab.world():
+        ours = subprocess.Popen(["sleep", "60"])
+        with lab.marked():
+            theirs = subprocess.Popen(["sleep", "61"])
+        try:
+            assert left_over(lab, patience=0) == ["sleep 61"]
+        finally:
+            for process in (ours, theirs):
+                process.kill()
+                process.wait()
 
 
 def test_a_pattern_skips_cases_and_says_why(toy: None) -> None:

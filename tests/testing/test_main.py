@@ -36,6 +36,13 @@ def test_a_folder_that_is_there_is_left_alone() -> None:
     assert not list(Path("tiny").iterdir())
 
 
+def test_a_place_that_cannot_be_written_is_named() -> None:
+    Path("file").write_text("")
+    ran = made("file/tiny")
+    assert ran.returncode == 3
+    assert ran.stderr == "error: file/tiny cannot be written: Not a directory\n       choose another folder\n"
+
+
 def test_an_architecture_without_a_family_is_refused() -> None:
     ran = made("tiny", "--architecture", "OtherForCausalLM")
     assert ran.returncode == 2

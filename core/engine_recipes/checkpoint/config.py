@@ -7,8 +7,10 @@ without a word (rotary_base 10000, hidden_act gelu, learned positions); reading 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from reprlib import repr as shortened
 from typing import Any
 
 from ..decoder import Decoder, from_hf
@@ -77,6 +79,8 @@ _REQUIRED = (
 
 #: What the embedding's rows are multiplied by: a key of LLaMAConfig. Gemma's class multiplies by a factor of its own.
 _SCALE = "embedding_multiplier"
+#: Keys of `config_json` that describe no model: a family may say something else.
+_FREE = ("logits_dtype", "disable_weight_only_quant_plugin", "runtime_defaults")
 #: A key that only TensorRT-LLM's Gemma writes: whether there are norms behind the blocks too.
 _MORE_NORMS = "inter_layernorms"
 
@@ -113,14 +117,14 @@ def config_json(
         dtype: of the unquantised tensors: `float16`, `bfloat16` or `float32`.
         tp_size, pp_size: the mapping.
         quantization: keys that differ from NOT_QUANTIZED.
+
+    Raises:
+        RequestError: the family's keys contradict the decoder.
     """
     d = decoder
     family = dict(d.config)
-    if d.embedding_scale != 1:
-        family[_SCALE] = d.embedding_scale
-    if d.rotary_size:
-        family["rotary_pct"] = d.rotary_size / d.head_size  # some of its model classes read this one
-    return {
+    moe, parallel = family.pop("moe", {}), bool(family.pop("use_parallel_embedding", False))
+    said: dict[str, Json] = {
         "architecture": d.architecture,
         "dtype": dtype,
         "logits_dtype": "float32",
@@ -142,15 +146,31 @@ def config_json(
         "rotary_scaling": None if d.rope_scaling is None else dict(d.rope_scaling),
         "rotary_embedding_dim": d.rotated,
         "tie_word_embeddings": d.tied,
-        "use_parallel_embedding": bool(family.pop("use_parallel_embedding", False)) and tp_size > 1,
+        "use_parallel_embedding": parallel and tp_size > 1,
         "embedding_sharding_dim": 0,
         "disable_weight_only_quant_plugin": False,
         "runtime_defaults": None,
-        "moe": {**_MOE, **family.pop("moe", {})},
+        "moe": {**_MOE, **moe},
         "mapping": _mapping(tp_size, pp_size),
         "quantization": {**NOT_QUANTIZED, **(quantization or {})},
-        **family,
     }
+    share = d.rotated / d.head_size
+    _refuse_contradictions(family, {**said, _SCALE: d.embedding_scale, "rotary_pct": share})
+    if d.embedding_scale != 1:
+        family[_SCALE] = d.embedding_scale
+    if d.rotary_size:
+        family["rotary_pct"] = share  # some of its model classes read this one
+    return {**said, **family}
+
+
+def _refuse_contradictions(family: Mapping[str, Json], said: Mapping[str, Json]) -> None:
+    """What a family adds may not describe another model; LLAMA_CONFIG's values are those of no model in particular."""
+    for key, value in family.items():
+        if key in said and key not in _FREE and value not in (said[key], LLAMA_CONFIG.get(key, said[key])):
+            raise RequestError(
+                f"this family's Decoder.config says {key} = {shortened(value)}, and its decoder {shortened(said[key])}",
+                "leave the key out there: it follows from the decoder's fields",
+            )
 
 
 def _mapping(tp_size: int, pp_size: int) -> dict[str, Json]:
@@ -190,15 +210,16 @@ def decoder_from_config(config: Mapping[str, Json], tensors: Collection[str] | N
         )
     if config["position_embedding_type"] != "rope_gpt_neox":
         raise RequestError(
-            f"the checkpoint's position_embedding_type is {config['position_embedding_type']!r}",
+            f"the checkpoint's position_embedding_type is {shortened(config['position_embedding_type'])}",
             "decoders with rope_gpt_neox are supported",
         )
     hugging_face = {theirs: config.get(ours) for theirs, ours in _AS_HUGGING_FACE.items()}
     for ours in _AS_HUGGING_FACE.values():
         _check_value(ours, config.get(ours))
     _check_scaling(object_of(config, "rotary_scaling"))
-    _check_norms(config)
-    described = {**hugging_face, "architectures": [config["architecture"]]}
+    _check_plain(config)
+    tied = bool(config.get("tie_word_embeddings")) or config.get("share_embedding_table") is True
+    described = {**hugging_face, "architectures": [config["architecture"]], "tie_word_embeddings": tied}
     decoder = from_hf(described, **_biases_and_norms(config, tensors))
     return replace(
         decoder, embedding_scale=_embedding_scale(config), rotary_size=_rotary_size(config, decoder.head_size)
@@ -209,7 +230,7 @@ def object_of(config: Mapping[str, Json], key: str) -> dict[str, Json]:
     """The object under a key of `config.json`; an empty one for null. Raises RequestError for anything else."""
     value = config.get(key)
     if value is not None and not isinstance(value, dict):
-        raise RequestError(f"config.json gives {key} as {value!r}", "it is an object, or null")
+        raise RequestError(f"config.json gives {key} as {shortened(value)}", "it is an object, or null")
     return value or {}
 
 
@@ -219,7 +240,7 @@ def _check_value(key: str, value: Json) -> None:
     if isinstance(value, (int, float)) and not value <= most:
         raise RequestError(f"config.json: {key} is too large, or no number", _AS_SOURCE)
     if key == "hidden_act" and not isinstance(value, str):
-        raise RequestError(f"config.json: {key} is {value!r}, which names no activation", _AS_SOURCE)
+        raise RequestError(f"config.json: {key} is {shortened(value)}, which names no activation", _AS_SOURCE)
 
 
 def _check_scaling(scaling: Mapping[str, Json]) -> None:
@@ -228,29 +249,33 @@ def _check_scaling(scaling: Mapping[str, Json]) -> None:
         for one in value if isinstance(value, list) else [value]:
             named = key in ("rope_type", "type")
             if not named and one is not None and not (isinstance(one, (int, float)) and 0 <= one <= _MOST):
-                raise RequestError(f"config.json: rotary_scaling.{key} is {value!r}", _AS_SOURCE)
+                raise RequestError(f"config.json: rotary_scaling.{key} is {shortened(value)}", _AS_SOURCE)
 
 
-def _check_norms(config: Mapping[str, Json]) -> None:
-    if config.get(_MORE_NORMS):
+def _check_plain(config: Mapping[str, Json]) -> None:
+    """Refuse what TensorRT-LLM's classes obey and a decoder has no field for."""
+    if config.get(_MORE_NORMS) or re.match(r"Gemma\d", str(config["architecture"])):
         raise RequestError(
-            f"config.json says {_MORE_NORMS}: norms behind the blocks, as in Gemma 2",
+            f"config.json is of a {shortened(config['architecture'])} with norms behind the blocks, as in Gemma 2",
             "decoders with a norm before each block, and none behind it, are supported",
         )
+    for key, plain in {**LLAMA_CONFIG, "qk_layernorm": False}.items():
+        value = config.get(key)
+        if key != _SCALE and value is not None and value != plain:
+            raise RequestError(
+                f"config.json says {key} = {shortened(value)}, which is not computed here",
+                f"decoders in which it is {plain} are supported",
+            )
 
 
 def _embedding_scale(config: Mapping[str, Json]) -> float:
-    """TensorRT-LLM's Gemma multiplies by √hidden_size, and its checkpoints do not say so."""
+    """TensorRT-LLM's Gemma multiplies by √hidden_size, and checkpoints of others do not say so."""
     scale = config.get(_SCALE)
-    if scale is None and _MORE_NORMS in config:
-        raise RequestError(
-            f"config.json is of a Gemma and does not say what the embedding's rows are multiplied by ({_SCALE})",
-            f'add "{_SCALE}": {math.sqrt(config["hidden_size"])}, or build the checkpoint here',
-        )
     if scale is None:
-        return 1.0
+        gemma = _MORE_NORMS in config or str(config["architecture"]).startswith("Gemma")
+        return math.sqrt(config["hidden_size"]) if gemma else 1.0
     if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not 0 < scale <= _MOST:
-        raise RequestError(f"config.json: {_SCALE} is {scale!r}", "a number above 0 is needed")
+        raise RequestError(f"config.json: {_SCALE} is {shortened(scale)}", "a number above 0 is needed")
     return float(scale)
 
 
@@ -259,13 +284,13 @@ def _rotary_size(config: Mapping[str, Json], size: int) -> int:
     share, rotated = config.get("rotary_pct"), config.get("rotary_embedding_dim")
     if rotated is None and share is not None:
         if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1:
-            raise RequestError(f"config.json: rotary_pct is {share!r}", "it is a share of each head, at most 1")
+            raise RequestError(f"config.json: rotary_pct is {shortened(share)}", "it is a share of a head, at most 1")
         rotated = int(size * share)
     if rotated is None:
         return 0
     if type(rotated) is not int or not 2 <= rotated <= size or rotated % 2:
         raise RequestError(
-            f"config.json: rotary_embedding_dim is {rotated!r}, of heads of {size}",
+            f"config.json: rotary_embedding_dim is {shortened(rotated)}, of heads of {size}",
             "an even number is needed, of 2 to all elements of a head",
         )
     return rotated if rotated < size else 0

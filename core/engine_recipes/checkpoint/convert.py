@@ -11,10 +11,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .. import events
-from ..errors import RequestError
+from ..errors import RequestError, StageFailed
 from ..facts import cpus
 from ..space import require_room
 from . import safetensors
@@ -26,6 +26,8 @@ from .source import SourceCheckpoint, not_finite
 from .streaming import Job, Progress, write_rank
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .safetensors import Array
 
     Edit = Callable[[str, Array], Array]
@@ -36,6 +38,8 @@ WeightOnly = Literal["W8A16", "W4A16"]
 #: Most source bytes of a block (a single row may be longer). Measured: 1 to 16 MiB are within 20 %, 2 MiB is best.
 BLOCK_BYTES = 2 << 20
 _MOST_WORKERS = 4  # casting bfloat16 to float16 costs more CPU time than writing it
+#: What to do about the arrays that a precision's own code gives.
+AUTHORS = "report this to the authors of the precision"
 _WARNED = 5  # tensors with overflows that get a line of their own
 
 
@@ -99,18 +103,19 @@ def convert(
 
     Raises:
         RequestError: unknown dtype, a mapping that does not fit the model, or NaN or inf in the source.
+        StageFailed: `edit` gave something else than rows of that shape, or NaN or inf.
         MachineError: not enough free disk.
     """
     if dtype not in FLOATS:
         raise RequestError(f"cannot convert to {dtype!r}", f"known: {', '.join(FLOATS)}")
     ranks = layout(source.decoder, tp_size, pp_size)
+    config = config_json(source.decoder, dtype, tp_size, pp_size, Scheme(algorithm).config())  # may refuse
     total = sum(checkpoint_bytes(rank, dtype) for rank in ranks)
     require_room("stage 1", total, out)
     stats = ConvertStats()
     for number, specs in enumerate(ranks):
         _write_rank(source, out / f"rank{number}.safetensors", specs, dtype, stats, total, edit)
     warn_of_overflows(stats, dtype)
-    config = config_json(source.decoder, dtype, tp_size, pp_size, Scheme(algorithm).config())
     (out / "config.json").write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
     return stats
 
@@ -193,7 +198,7 @@ def _cast(source: SourceCheckpoint, block: Block, dtype: str, edit: Edit | None 
         rows = _edited(source, block, edit)
         finding = examine(rows, dtype)
         if finding.problem:
-            raise ValueError(f"what was to be written for {block.piece.name} holds {finding.problem}")
+            raise StageFailed(f"{block.piece.name} was changed and holds {finding.problem}", AUTHORS)
     return caster(rows.dtype.name, dtype)(rows).reshape(-1).view(np.uint8), finding
 
 
@@ -204,12 +209,25 @@ def _edited(source: SourceCheckpoint, block: Block, edit: Edit) -> Array:
     assert block.piece is not None
     rows = source.array(block.piece.name)[block.start : block.stop].astype(np.float32)
     shape = rows.shape
-    edited = np.asarray(edit(block.piece.name, rows), np.float32)
-    if edited.shape != shape:
-        raise ValueError(f"{block.piece.name}: {shape} became {edited.shape}")
+    edited = edit(block.piece.name, rows)
+    if not isinstance(edited, np.ndarray) or edited.shape != shape or not np.can_cast(edited, np.float32, "same_kind"):
+        raise not_as_said(f"{block.piece.name} was changed and", edited, np.dtype(np.float32), shape)
+    with np.errstate(over="ignore"):  # what becomes inf is refused
+        edited = edited.astype(np.float32, copy=False)
     if block.piece.columns is not None:
         edited = edited[:, slice(*block.piece.columns)]
     return np.ascontiguousarray(edited)
+
+
+def not_as_said(what: str, given: object, dtype: np.dtype[Any], shape: Sequence[int]) -> StageFailed:
+    """That a precision's code gave something else than an array of this dtype and shape. `what` begins the message."""
+    import numpy as np
+
+    found = f"of type {type(given).__name__}"
+    if isinstance(given, np.ndarray):
+        name = given.dtype.name if given.dtype.name != dtype.name or given.dtype == dtype else given.dtype.str
+        found = f"{name} {list(given.shape)}"
+    return StageFailed(f"{what} is {found} instead of {dtype.name} {list(shape)}", AUTHORS)
 
 
 def rows_of(source: SourceCheckpoint, block: Block) -> Array:

@@ -7,7 +7,8 @@ layout (`layout.py`), so that splits and joins follow the same rules.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -29,6 +30,9 @@ GROUP_SIZES = (128, 64)
 _WILD = frozenset("*?[")
 #: The key of `quantization` under which an algorithm that is not known here says what it stores.
 _PARTS = "linear_parts"
+_MOST_PARTS = 16
+#: What else a tensor beside a linear layer's weight is, or what `Stored.part` says of one that is no part.
+_RESERVED = ("plain", "cache_scale", "bias")
 
 
 @dataclass(frozen=True)
@@ -76,11 +80,13 @@ class Scheme:
         group = quantization.get("group_size")
         excluded = quantization.get("exclude_modules") or []
         if not isinstance(excluded, list) or not all(isinstance(name, str) for name in excluded):
-            raise RequestError(f"config.json gives exclude_modules as {excluded!r}", "it is a list of names, or null")
+            raise RequestError(
+                f"config.json gives exclude_modules as {short(excluded)}", "it is a list of names, or null"
+            )
         algorithm, cache = (quantization.get(key) for key in ("quant_algo", "kv_cache_quant_algo"))
         for name in (algorithm, cache):
             if name is not None and not isinstance(name, str):
-                raise RequestError(f"config.json names {name!r} as a quantization", "it is a name, or null")
+                raise RequestError(f"config.json names {short(name)} as a quantization", "it is a name, or null")
         return cls(
             algorithm,
             cache,
@@ -189,20 +195,59 @@ def divided(spec: TensorSpec, name: str, part: LinearPart) -> TensorSpec:
     """
     first = spec.pieces[0]
     assert first.columns is not None
-    columns = _shared(spec, first.columns, part.columns) if part.columns else None
+    columns = _shared(f"columns of {first.name}", first.columns, part.columns) if part.columns else None
     if not part.rows:  # the same for all pieces: they have the same columns
         return TensorSpec(name, (Piece(first.name, columns or (0, 1)),))
-    pieces = (replace(piece, rows=_shared(spec, piece.rows, part.rows), columns=columns) for piece in spec.pieces)
+    pieces = (
+        replace(piece, rows=_shared(f"rows of {piece.name}", piece.rows, part.rows), columns=columns)
+        for piece in spec.pieces
+    )
     return TensorSpec(name, tuple(pieces))
 
 
-def _shared(spec: TensorSpec, places: tuple[int, int], step: int) -> tuple[int, int]:
+def _shared(what: str, places: tuple[int, int], step: int) -> tuple[int, int]:
     if any(place % step for place in places):
         raise RequestError(
-            f"a rank has {places[0]} to {places[1]} of {spec.name}, which cuts {step} that are stored together",
+            f"{what} {places[0]} to {places[1]} are no whole groups of {step}, which are stored together",
             "choose another tp_size",
         )
     return places[0] // step, places[1] // step
+
+
+def check_parts(parts: Sequence[Any]) -> None:
+    """That these parts can be stored for each linear layer, told apart, and read again.
+
+    Raises:
+        ValueError: they cannot; says which is the first that is wrong, and what of it, in one short line.
+    """
+    if len(parts) > _MOST_PARTS:
+        raise ValueError(f"{len(parts)} parts, and {_MOST_PARTS} are the most")
+    for index, part in enumerate(parts):
+        wrong = _wrong(part)
+        if wrong:
+            raise ValueError(f"{short(part)}: {wrong}")
+        if part.name in [before.name for before in parts[:index]]:
+            raise ValueError(f"{short(part.name)} twice")
+
+
+def _wrong(part: Any) -> str:
+    if not isinstance(part, LinearPart):
+        return "that is no part"
+    if not isinstance(part.name, str) or not part.name.isidentifier():
+        return "its name is no identifier"
+    if part.name in _RESERVED:
+        return "its name means something else in a checkpoint"
+    if not isinstance(part.dtype, str) or part.dtype not in ("", *DTYPES_BY_NAME):
+        return "no such dtype can be stored"
+    if not all(type(step) is int and step >= 0 for step in (part.rows, part.columns)):
+        return "rows and columns are whole numbers, 0 or more"
+    return ""
+
+
+def short(value: object) -> str:
+    """How a value is written, however long, in at most 80 characters."""
+    text = reprlib.repr(vars(value) if isinstance(value, LinearPart) else value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def _read_parts(given: Any) -> tuple[LinearPart, ...]:
@@ -210,20 +255,20 @@ def _read_parts(given: Any) -> tuple[LinearPart, ...]:
     if given is None:
         return ()
     try:
-        parts = tuple(LinearPart(**part) for part in given)
-        names = [part.name for part in parts]
-        good = all(_is_part(part) for part in parts) and len(set(names)) == len(names)
+        if not isinstance(given, list):
+            raise ValueError(f"{short(given)}: that is no list")
+        parts = [_read_part(part) for part in given[: _MOST_PARTS + 1]]
+        check_parts(parts if len(given) == len(parts) else given)
+    except ValueError as error:
+        raise RequestError(f"config.json gives {_PARTS} with {error}", "build the checkpoint again") from None
+    return tuple(parts)
+
+
+def _read_part(given: Any) -> Any:
+    try:
+        return LinearPart(**given)
     except TypeError:
-        good = False
-    if not good:
-        raise RequestError(f"config.json gives {_PARTS} as {given!r}", "build the checkpoint again")
-    return parts
-
-
-def _is_part(part: LinearPart) -> bool:
-    steps = (part.rows, part.columns)
-    words = isinstance(part.name, str) and isinstance(part.dtype, str) and part.name.isidentifier()
-    return words and part.dtype in ("", *DTYPES_BY_NAME) and all(type(step) is int and step >= 0 for step in steps)
+        return given
 
 
 def choose_group_size(decoder: Decoder, wanted: int = 0, tp_size: int = 1, most: int = 128) -> int:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RequestError, StageFailed
 from .blocks import largest
-from .convert import ConvertStats, Dtype, blocks, cast_job
+from .convert import AUTHORS, ConvertStats, Dtype, blocks, cast_job, not_as_said
 from .exclude import excluded_linears
-from .formats import WEIGHT_ONLY, LinearPart, Scheme, Stored, stored
+from .formats import WEIGHT_ONLY, LinearPart, Scheme, Stored, check_parts, short, stored
 from .layout import TensorSpec, layout
 from .quantize import unquantised_dtype
 from .ranks import room_for, write_ranks
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from .safetensors import Array
 
 _WORKERS = 2  # each holds a linear layer, and numpy computes with one thread
-_AUTHORS = "report this to the authors of the precision"
 
 
 @dataclass(frozen=True)
@@ -79,19 +78,32 @@ def quantize_linears(
         exclude: linear layers that stay in `dtype`, see `excluded_linears`.
 
     Raises:
-        RequestError: a mapping or exclusion that does not fit, NaN or inf in the source.
+        RequestError: parts that cannot be stored, a mapping or exclusion that does not fit, NaN or inf in the source.
         StageFailed: `quantise` gave something else than the parts, or NaN or inf.
         MachineError: not enough free disk.
     """
+    _check_said(algorithm, parts)
     excluded = excluded_linears(source.decoder, exclude, pp_size)
     scheme = Scheme(algorithm, excluded=excluded, parts=tuple(parts))
     if algorithm in WEIGHT_ONLY or not scheme.linear_parts or (parts and scheme.is_known):
         known = "has its parts already" if scheme.is_known else "is not known, and no parts are given"
-        raise RequestError(f"the algorithm {algorithm} {known}", _AUTHORS)
+        raise RequestError(f"the algorithm {algorithm} {known}", AUTHORS)
     kept = unquantised_dtype(source, dtype)
+    try:
+        writer = _Writer(source, Scheme(algorithm, parts=tuple(parts)), kept, quantise)
+    except RequestError as error:  # it does not fit however it is split
+        raise RequestError(error.message, "this precision cannot hold this model: choose another") from None
     ranks = [list(stored(specs, scheme, kept)) for specs in layout(source.decoder, tp_size, pp_size)]
-    writer = _Writer(source, Scheme(algorithm, parts=tuple(parts)), kept, quantise)
     return write_ranks(writer, out, scheme, (tp_size, pp_size), ranks, room_for(ranks, out))
+
+
+def _check_said(algorithm: object, parts: Sequence[LinearPart]) -> None:
+    if not isinstance(algorithm, str) or not algorithm:
+        raise RequestError(f"{short(algorithm)} is no name of an algorithm", AUTHORS)
+    try:
+        check_parts(parts)
+    except ValueError as error:
+        raise RequestError(f"the algorithm {algorithm} stores {error}", AUTHORS) from None
 
 
 class _Writer:
@@ -147,10 +159,10 @@ class _Writer:
         name = base.name.removesuffix(".weight")
         given = self.quantise(Linear(name, sources, weight, numpy_dtype(self.dtype)))
         expected = {part.part: part for part in layer}
-        if given.keys() != expected.keys():
-            raise StageFailed(
-                f"{name} was quantised to {', '.join(given) or 'nothing'} and not to {', '.join(expected)}", _AUTHORS
-            )
+        if not isinstance(given, Mapping) or given.keys() != expected.keys():
+            kind = f"a {type(given).__name__}"
+            found = (", ".join(map(str, given)) or "nothing") if isinstance(given, Mapping) else kind
+            raise StageFailed(f"{name} was quantised to {found} and not to {', '.join(expected)}", AUTHORS)
         for what, part in expected.items():
             _check(f"{name}.{what}", given[what], part)
         return given
@@ -168,17 +180,15 @@ class _Writer:
         return weight
 
 
-def _check(name: str, array: Array, part: Stored) -> None:
+def _check(name: str, array: object, part: Stored) -> None:
     import numpy as np
 
-    said = (numpy_dtype(part.dtype), part.spec.shape)
-    if (array.dtype, array.shape) != said:
-        given = f"{array.dtype.name} {list(array.shape)}"
-        raise StageFailed(f"{name} is {given} instead of {part.dtype} {list(part.spec.shape)}", _AUTHORS)
-    if "float" in part.dtype and not np.isfinite(array.astype(np.float32)).all():
-        raise StageFailed(
-            f"{name} holds NaN or inf", "values that do not fit float16 become inf: --set dtype=bfloat16 keeps them"
-        )
+    dtype = numpy_dtype(part.dtype)
+    if not isinstance(array, np.ndarray) or (array.dtype, array.shape) != (dtype, part.spec.shape):
+        raise not_as_said(name, array, dtype, part.spec.shape)
+    if "float" in part.dtype and not np.isfinite(array).all():
+        keeps = "values that do not fit float16 become inf: --set dtype=bfloat16 keeps them"
+        raise StageFailed(f"{name} holds NaN or inf", keeps if part.dtype == "float16" else AUTHORS)
 
 
 def _cut(array: Array, whole: TensorSpec, part: TensorSpec) -> Array:

@@ -47,6 +47,7 @@ def write_ranks(
     progress: Progress,
 ) -> ConvertStats:
     """Write the rank files and then `config.json`. `mapping` is tp_size and pp_size, `ranks` what each stores."""
+    config = config_json(writer.source.decoder, writer.dtype, *mapping, scheme.config())  # may refuse
     for number, tensors in enumerate(ranks):
         infos = {tensor.name: (tensor.dtype, tensor.spec.shape) for tensor in tensors}
         jobs = chain.from_iterable(writer.jobs(tensors))
@@ -55,7 +56,6 @@ def write_ranks(
         writer.stats.tensors += len(tensors)
     writer.stats.bytes = progress.done
     warn_of_overflows(writer.stats, writer.dtype)
-    config = config_json(writer.source.decoder, writer.dtype, *mapping, scheme.config())
     (out / "config.json").write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
     return writer.stats
 

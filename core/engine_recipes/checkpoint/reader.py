@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 #: Rotary tables that NVIDIA's converter stores. Loaders compute them again; they are no weights.
 ROPE_TABLES = ("embed_positions", "rotary_inv_freq", "embed_positions_for_gpt_attention")
+EMBEDDING = "transformer.vocab_embedding.weight"
+HEAD = "lm_head.weight"
 _LAYER = re.compile(r"(transformer\.layers\.)([0-9]{1,9})(\..*)")
 _AGAIN = "build or copy the checkpoint again"
 _MOST_RANKS = 1 << 16
@@ -86,7 +88,7 @@ class Checkpoint:
             file.close()
 
     def names(self) -> list[str]:
-        """Names of all tensors, in file order, first stage first."""
+        """Names of all tensors, in file order, first stage first. Of a tied head that the files leave out, too."""
         return list(self._places)
 
     def info(self, name: str) -> tuple[str, tuple[int, ...]]:
@@ -151,6 +153,8 @@ class Checkpoint:
             for local in ranks[0]:
                 if local.split(".")[-1] not in ROPE_TABLES:
                     places[_global_name(local, layers)] = (stage, local)
+        if self.decoder.tied and HEAD not in places and EMBEDDING in places:
+            places[HEAD] = places[EMBEDDING]  # ModelOpt writes no second copy of a Gemma's table
         return places
 
     def _find_specs(self) -> dict[str, list[TensorSpec]]:

@@ -14,7 +14,7 @@ from .. import events
 from ..errors import RequestError, StageFailed
 from .cast import FLOATS, examine
 from .formats import LINEARS, Scheme, Stored, stored
-from .reader import ROPE_TABLES, Checkpoint, mapping_of, open_checkpoint
+from .reader import EMBEDDING, HEAD, ROPE_TABLES, Checkpoint, mapping_of, open_checkpoint
 from .safetensors import SafeFile, TensorInfo
 from .source import read_json
 
@@ -66,6 +66,8 @@ def _check_headers(checkpoint: Checkpoint) -> None:
     for number, (specs, header) in enumerate(zip(checkpoint.layout(), checkpoint.ranks, strict=True)):
         file = f"rank{number}.safetensors"
         expected = {tensor.name: tensor for tensor in stored(specs, scheme, checkpoint.dtype)}
+        if checkpoint.decoder.tied and EMBEDDING in header and HEAD not in header:
+            expected.pop(HEAD, None)  # the table stands for it
         _check_names(file, expected, header, checkpoint.scheme.is_described)
         for name, tensor in expected.items():
             if checkpoint.scheme.is_described or not _is_linear(name):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -131,7 +130,7 @@ def planned(setup: Setup, plan: Plan) -> list[dict[str, Any]]:
 
 def _command(setup: Setup, plan: Plan, stage: Stage) -> list[str] | None:
     """The command of the user's own that an engine would run; None if it runs none."""
-    from ..host import Host
+    from .. import launch
 
     if stage.name != "stage2" or not plan.engine.programs or not stage.slot:
         return None
@@ -144,9 +143,16 @@ def _command(setup: Setup, plan: Plan, stage: Stage) -> list[str] | None:
     cache = setup.store.cache(plan.engine.name)
     out = setup.store.path(stage.slot)
     of = StageContext(str(plan.ref), "stage2", stage.options, tuple(inputs), out, plan.target, cache, plan.ranks)
-    if plan.gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = plan.gpus  # as for the worker that will run it
-    return Host().command(stage.provider, of)
+    request = {
+        "action": "command",
+        "providers": [asdict(stage.provider)],
+        "context": of.as_json(),
+        "protected": [str(place) for place in setup.store.places],
+    }
+    words: list[str] | None = launch.call(
+        f"command of {stage.provider}", request, None, lambda _: None, plan.gpus
+    ).value
+    return words
 
 
 def title(plan: Plan) -> str:

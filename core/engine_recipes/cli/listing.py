@@ -122,9 +122,11 @@ def warn_of_problems(setup: Setup) -> None:
     """Say what is wrong with installed packages; it stops nobody else's builds."""
     for problem in setup.registry.problems:
         click.echo(f"{style('warning:', fg='yellow')} {problem.owner}: {problem.text}", err=True)
+    said = "\n".join(problem.text for problem in setup.registry.problems)
     for names in setup.registry.kinds:
         for error in names.unusable.values():
-            click.echo(f"{style('warning:', fg='yellow')} {error.message}", err=True)
+            if error.message not in said:
+                click.echo(f"{style('warning:', fg='yellow')} {error.message}", err=True)
 
 
 def _owners(*entries: Entry) -> str:
@@ -175,7 +177,9 @@ def describe(setup: Setup, plan: Plan) -> dict[str, Any]:
     measures = plan.calibration.requires if plan.calibration else ()
     engine = availability.requirements(plan.engine, plan.target)
     decoder = setup.decoder(plan)
-    needs = estimates.estimate(plan.parameters, plan.precision, plan.engine, plan.calibration, decoder, plan.ranks)
+    needs = estimates.estimate(
+        plan.parameters, plan.precision, plan.engine, plan.calibration, decoder, plan.ranks, excluded=plan.excluded
+    )
     requires = list(dict.fromkeys([*measures, *plan.precision.requires, *engine]))
     settings = [
         {"key": s.key, "value": s.value, "origin": s.origin, "help": s.help}
@@ -219,7 +223,7 @@ def sizes(needs: Mapping[StageName, Needs], plan: Plan, decoder: Decoder | None)
         return {}
     from .. import estimates
 
-    engine = round(estimates.weight_bytes(plan.parameters, plan.precision, decoder))
+    engine = round(estimates.weight_bytes(plan.parameters, plan.precision, decoder, plan.excluded))
     return {"source": plan.parameters * 2, "checkpoint": needs["stage1"].disk, plan.engine.name: engine}
 
 
@@ -234,7 +238,14 @@ def running(plan: Plan, decoder: Decoder | None) -> dict[str, int]:
     kv_bytes = 1 if narrow and narrow.value != "none" and plan.engine.needs_gpu else 2
     ranks = plan.ranks if plan.engine.needs_gpu else 1
     need = estimates.runtime(
-        plan.parameters, plan.precision, plan.engine, tokens=tokens, decoder=decoder, kv_bytes=kv_bytes, ranks=ranks
+        plan.parameters,
+        plan.precision,
+        plan.engine,
+        tokens=tokens,
+        decoder=decoder,
+        kv_bytes=kv_bytes,
+        ranks=ranks,
+        excluded=plan.excluded,
     )
     found = {"memory": need.memory, "gpu_memory": need.gpu_memory}
     return {**{name: size for name, size in found.items() if size}, "tokens": tokens} if plan.parameters else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,7 +25,7 @@ def plugins_command(as_json: bool, setup: Setup) -> None:
     """
     rows = describe(setup)
     if as_json:
-        print_json({"schema": 1, "plugins": rows})
+        print_json({"schema": 1, "plugins": list(rows)})
         return
     for row in rows:
         click.echo(style(f"{row['package']} {row['version']}".strip(), bold=True) + f"  {row['path']}")
@@ -36,26 +37,25 @@ def plugins_command(as_json: bool, setup: Setup) -> None:
             click.echo("\n".join([f"  {style('problem', fg='red')}      {first}", *(f"    {line}" for line in more)]))
 
 
-def describe(setup: Setup) -> list[dict[str, Any]]:
+def describe(setup: Setup) -> Iterator[dict[str, Any]]:
     """One row a package, ours first; `problems` are texts, of several lines where there is a traceback."""
     from .. import imports
 
     registry = setup.registry
-    broken = imports.problems(registry, setup.store)
+    ours, *others = registry.owners
     unread = {problem.owner: None for problem in registry.problems if problem.owner not in registry.owners}
-    return [
-        {
+    for owner in (ours, *others, *unread):
+        adds = {
+            names.kind: [name for name, entry in names.entries.items() if entry.owner == owner]
+            for names in registry.kinds
+        }
+        problems = [problem.text for problem in registry.problems if problem.owner == owner]
+        if owner != ours:
+            problems += imports.problems(registry, owner, setup.store)
+        yield {
             "package": owner.package,
             "version": owner.version,
             "path": str(owner.path),
-            **{
-                names.kind: [name for name, entry in names.entries.items() if entry.owner is owner]
-                for names in registry.kinds
-            },
-            "problems": [
-                *(problem.text for problem in registry.problems if problem.owner is owner),
-                *broken.get(owner, {}).values(),
-            ],
+            **adds,
+            "problems": problems,
         }
-        for owner in (*registry.owners, *unread)
-    ]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from contextlib import redirect_stdout, suppress
+from typing import Any, TextIO
 
 import click
 
 from ..api import Loaded, Setup, load_plan
+from ..errors import StageFailed
 from ..types import Sampling
 from .common import complete_ref, json_option, print_json, quiet_option, recipe_options
 
@@ -45,6 +49,7 @@ def run_command(
     if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
         raise click.UsageError("the prompt is no UTF-8 text\ncheck the encoding of your terminal or file")
     plan = setup.plan(ref, **choices)
+    stdout = _take_stdout() if as_json else None
     started = time.monotonic()
     loaded = load_plan(setup, plan)
     seconds = time.monotonic() - started
@@ -53,10 +58,14 @@ def run_command(
         for piece in answer.stream():
             if not as_json:
                 click.echo(piece, nl=False)
-    finally:
-        loaded.runtime.close()
-    if as_json:
-        print_json(answer.as_json(seconds))
+    except BaseException:
+        with suppress(StageFailed):  # what went wrong first is what is told
+            loaded.runtime.close()
+        raise
+    loaded.runtime.close()
+    if stdout:
+        with stdout, redirect_stdout(stdout):
+            print_json(answer.as_json(seconds))
         return
     click.echo()
     if not quiet:
@@ -64,6 +73,16 @@ def run_command(
         speed = f", {rate:.1f} tokens/s after the first" if rate else ""
         loading = f"loaded in {seconds:.2f} s, first token after {answer.first_token_seconds:.2f} s"
         click.echo(f"[{loading}, {answer.generated_tokens} tokens{speed}]", err=True)
+
+
+def _take_stdout() -> TextIO:
+    """What stdout was: from now on whatever an engine prints, from C too and at exit, goes to stderr."""
+    if sys.stdout is None:  # closed by the shell, `>&-`
+        return open(os.devnull, "w", encoding="utf-8")
+    sys.stdout.flush()
+    ours = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2 if sys.stderr else os.open(os.devnull, os.O_WRONLY), 1)
+    return ours
 
 
 class Answer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 
 import click
@@ -23,7 +25,7 @@ def new_command(kind: str, name: str, folder: Path | None, architecture: str | N
     It installs, passes its own tests and builds as it is: change it from there. NAME is what it adds, `acme`.
     """
     made = scaffold.package(kind, name, architecture, load())
-    folder = folder or Path(made.distribution)
+    folder = Path(os.path.expanduser(folder or made.distribution))
     files = scaffold.write(made, folder)
     if as_json:
         print_json({"schema": 1, "folder": str(folder.absolute()), "package": made.distribution, "files": files})
@@ -32,5 +34,5 @@ def new_command(kind: str, name: str, folder: Path | None, architecture: str | N
     for file in files:
         click.echo(f"  {file}")
     click.echo("next:")
-    for line in (f"cd {folder}", *made.commands):
+    for line in (f"cd {shlex.quote(str(folder))}", *made.commands):
         click.echo(f"  {line}")

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from .. import events
-from ..errors import MachineError, RequestError
+from ..errors import MachineError, RecipesError, RequestError, first_line
 from ..host import Host
 from ..tokenizer import Tokenizer
 from ..types import (
@@ -71,7 +71,7 @@ def measure(host: Host, providers: Sequence[Provider], context: StageContext, cl
     except MachineError:
         raise
     except Exception as error:  # an engine's own code, on files that may be damaged
-        note = str(error).splitlines()[0] if str(error) else type(error).__name__
+        note = error.message if isinstance(error, RecipesError) else first_line(error)
         return findings + Findings(checks=(Check("engine loads", "fail", note=note),))
     try:
         findings += _behaviour(runtime, context, claims["not_compared"])

@@ -17,7 +17,7 @@ from ..checkpoint.cast import FLOATS
 from ..checkpoint.config import object_of
 from ..checkpoint.formats import LINEARS, Scheme
 from ..checkpoint.layout import TensorSpec, layout
-from ..checkpoint.reader import ROPE_TABLES, mapping_of
+from ..checkpoint.reader import EMBEDDING, HEAD, ROPE_TABLES, mapping_of
 from ..checkpoint.safetensors import SafeFile, TensorInfo
 from ..checkpoint.source import SourceCheckpoint, read_json
 from ..errors import RequestError
@@ -101,6 +101,9 @@ class Parts:
         with ExitStack() as opened:
             self.ranks = [opened.enter_context(_open(folder, rank)) for rank in range(len(specs))]
             for file, rank, names in zip(self.ranks, specs, _names(source, specs, tp_size), strict=True):
+                if source.decoder.tied and HEAD not in file.tensors and EMBEDDING in file.tensors:
+                    kept = [pair for pair in zip(rank, names, strict=True) if pair[0].name != HEAD]
+                    rank, names = [spec for spec, _ in kept], [name for _, name in kept]
                 self._match(file, rank, names)
             self._opened = opened.pop_all()
 

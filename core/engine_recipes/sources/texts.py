@@ -164,7 +164,7 @@ def package_file(spec: str) -> Path:
         raise RequestError(f"{spec} names no file of a package", "write package:MODULE/PATH, the path inside MODULE")
     try:
         found = find_spec(name)  # a top-level name: nothing is imported
-    except ValueError:  # a module that says nothing of where it is from, such as __main__
+    except Exception:  # foreign finders are asked too; __main__ says nothing of where it is from
         found = None
     if found is None:
         raise MachineError(f"the Python package {name} of {spec} is not installed", "install it, or name other data")

@@ -12,7 +12,7 @@ import click
 from .. import registry
 from ..cli import report
 from ..decoder import Decoder
-from ..errors import RecipesError, RequestError, disk_error
+from ..errors import MachineError, RecipesError, RequestError
 from ..host import Host
 from ..stages import provider
 from ..types import StageContext
@@ -37,7 +37,7 @@ def write_model(folder: Path, architecture: str) -> None:
         write_checkpoint(beside, config, decoder)
         beside.rename(folder)
     except OSError as error:
-        raise disk_error(error, folder) from error
+        raise MachineError(f"{folder} cannot be written: {error.strerror or error}", "choose another folder") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -49,8 +49,9 @@ def write_model(folder: Path, architecture: str) -> None:
 )
 def main(folder: Path, architecture: str) -> None:
     """Write a tiny random model into FOLDER, in the Hugging Face layout: for `recipes build ./FOLDER`."""
+    folder = Path(os.path.expanduser(folder))
     try:
-        write_model(folder.expanduser(), architecture)
+        write_model(folder, architecture)
     except RecipesError as error:
         report(error)
         sys.exit(error.exit_code)

@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..entries import Family
 from ..errors import RequestError
 from ..facts import distribution
 from ..host import Host
 from ..store import read_manifest
 from ..types import Runtime, StageContext
 from .building import Recipe
-from .faults import Skip, expect
-from .folders import keeps_to_its_folder, survives_a_kill
+from .faults import Fault, Skip, expect
+from .folders import expect_the_same, keeps_to_its_folder, survives_a_kill
 from .lab import Lab
 from .numbers import apart, of_source, sample, tolerance
 from .recipes import buildable, for_engine, settings_of
@@ -82,22 +83,52 @@ def computes_or_refuses_early_every_algorithm(lab: Lab, name: str) -> None:
 
 def agrees_with_the_source(lab: Lab, name: str) -> None:
     """The engine must compute the model that it was given: biases, norms, tied heads, rope, masks."""
-    compared, refused = 0, []
+    compared, wrong, refused = 0, [], []
     for what, (folder, family) in lab.models().items():
         recipe = for_engine(lab, name, folder, family.name)
-        precision = lab.registry.precisions[str(recipe.precision)]
         try:
-            logits = logits_of(lab, recipe)
+            off = _disagreement(lab, recipe, f"{what} model", family)
         except RequestError as error:
             refused.append(f"{what}: {error.message}")
             continue
-        off, limit = apart(logits, of_source(lab, folder, family, _VOCABULARY)), tolerance(lab, precision)
-        expect(
-            off <= limit,
-            f"on a tiny {what} model logits are {off:.2g} of their spread away from the source's, {limit:g} is allowed",
-        )
         compared += 1
+        wrong += [off] if off else []
+    expect(not wrong, "\n".join(wrong))
     expect(compared, f"it refuses every tiny model: {'; '.join(refused)}")
+
+
+def computes_or_refuses_early_what_few_models_say(lab: Lab, name: str) -> None:
+    """A model says more than its architecture: what an engine passes over makes every answer a little wrong."""
+    wrong = []
+    for what, (folder, family) in lab.odd_models().items():
+        try:
+            recipe = for_engine(lab, name, folder, family.name)
+        except Fault:  # no plan can be made with it
+            continue
+        if blocked := lab.plan(recipe).blocked:
+            raise Skip(f"it cannot be built here: {blocked.message}")
+        made = lab.attempt(recipe, lab.setup.workspace)
+        if made.error and made.stages[-1].name != "stage2":  # by check_decoder
+            continue
+        if made.error:
+            wrong.append(f"a model {what} passes check_decoder, and stage2 then says: {made.error}")
+        elif off := _disagreement(lab, recipe, f"model {what}", family):
+            wrong.append(f"{off}: compute it, or refuse it in check_decoder")
+    expect(not wrong, "\n".join(wrong))
+
+
+def two_builds_give_the_same_bytes(lab: Lab, name: str) -> None:
+    """A key stands for bytes: if they differ, nobody can tell what was changed from what was built again."""
+    recipe = buildable(lab, name)
+    folders = [lab.build(recipe, workspace=place).path("stage2") for place in (None, lab.place(f"again-{name}"))]
+    first, again = folders
+    assert first is not None
+    assert again is not None
+    why = (
+        "time, random numbers, paths or a compiler that measures do that. If that is the compiler's own way, give"
+        f' conformance(…, skip={{"engine {name}: two builds *": "WHY"}})'
+    )
+    expect_the_same(first, again, "two engines from the same checkpoint", why)
 
 
 def a_killed_build_leaves_nothing_behind(lab: Lab, name: str) -> None:
@@ -108,10 +139,20 @@ def a_killed_build_leaves_nothing_behind(lab: Lab, name: str) -> None:
 PROMISES: Sequence[Callable[[Lab, str], None]] = (
     keeps_to_its_folder_and_says_what_it_was_built_with,
     *promises_of("engines"),
+    two_builds_give_the_same_bytes,
     agrees_with_the_source,
+    computes_or_refuses_early_what_few_models_say,
     computes_or_refuses_early_every_algorithm,
     a_killed_build_leaves_nothing_behind,
 )
+
+
+def _disagreement(lab: Lab, recipe: Recipe, what: str, family: Family) -> str:
+    """How far its logits are from the source's, if that is too far."""
+    limit = tolerance(lab, lab.registry.precisions[str(recipe.precision)])
+    off = apart(logits_of(lab, recipe), of_source(lab, Path(recipe.model), family, _VOCABULARY))
+    said = f"on a tiny {what} logits are {off:.2g} of their spread away from the source's, {limit:g} is allowed"
+    return said if off > limit else ""
 
 
 def logits_of(lab: Lab, recipe: Recipe) -> Floats:

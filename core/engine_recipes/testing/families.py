@@ -16,6 +16,7 @@ from ..entries import Family
 from ..errors import RequestError
 from .building import Recipe
 from .faults import Fault, Skip, expect
+from .folders import keeps_to_its_folder
 from .lab import Lab
 from .numbers import apart, logits_of_transformers, sample, tensors_of_transformers
 from .processes import ask
@@ -50,8 +51,6 @@ def knows_its_architectures(lab: Lab, name: str) -> None:
             architecture in family.architectures,
             f"families.{name}.architectures lists {listed}, and not {architecture} of its config",
         )
-        described = lab.describe(family, config).architecture
-        expect(described == architecture, f"the description says {described}, the config {architecture}")
         strange = {**config, "architectures": ["NobodysForCausalLM"]}
         folder = lab.model(family, config)
         other = folder.with_name(f"{folder.name}-strange")
@@ -79,6 +78,12 @@ def holds_the_tensors_of_transformers(lab: Lab, name: str) -> None:
         lines = [f"not described: {_some(missing)}"] * bool(missing)
         lines += [f"described, and not in transformers: {_some(unknown)}"] * bool(unknown)
         expect(not (lines or other), "\n".join([*lines, *other[:_SHOWN]]))
+
+
+def keeps_to_its_folder_when_it_describes(lab: Lab, name: str) -> None:
+    """Describing only answers: files that it leaves anywhere are nobody's, and never removed."""
+    family, configs = lab.family(name)
+    keeps_to_its_folder(lab, Recipe(str(lab.model(family, configs[0])), name), "resolve")
 
 
 def answers_a_strange_config_with_an_error(lab: Lab, name: str) -> None:
@@ -150,6 +155,7 @@ def agrees_with_transformers(lab: Lab, name: str) -> None:
 PROMISES: Sequence[Callable[[Lab, str], None]] = (
     describes_its_configs,
     knows_its_architectures,
+    keeps_to_its_folder_when_it_describes,
     answers_a_strange_config_with_an_error,
     holds_the_tensors_of_transformers,
     unshard_equals_source,

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import site
 import sys
 import tempfile
 import warnings
@@ -32,6 +33,7 @@ from ..registry import Registry
 from ..runner import Build, How
 from ..stages import provider
 from ..types import StageContext, StageName, Value
+from . import odd
 from .building import Recipe, build, ignore, load, plan
 from .faults import Fault, Skip
 from .tiny import tiny_config, write_checkpoint
@@ -51,7 +53,23 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     "normed": tiny_config("Qwen3ForCausalLM"),
     "tied": tiny_config(tie_word_embeddings=True),
 }
-#: Marks every process that a case starts, in its environment.
+#: Models of which an engine must compute or refuse what they say. The rope is scaled where 24 tokens show it.
+ODD: Mapping[str, Mapping[str, Any]] = {
+    "with heads wider than hidden_size / heads": tiny_config(head_dim=64),
+    "with llama3's rope_scaling": tiny_config(
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    ),
+    "with embedding_scale 8": tiny_config(odd.ARCHITECTURE, embedding_scale=8.0),
+    "with the activation gelu_pytorch_tanh": tiny_config(odd.ARCHITECTURE, hidden_act="gelu_pytorch_tanh"),
+    "with rotary_size 16 of 32": tiny_config(odd.ARCHITECTURE, partial_rotary_factor=0.5),
+}
+#: Marks every process that a case starts, in its environment: what pytest's own process starts else is not a plugin's.
 MARK = "ENGINE_RECIPES_CONFORMANCE"
 
 
@@ -99,8 +117,10 @@ class Lab:
         kept, before = dict(os.environ), Path.cwd()
         for name in [name for name in os.environ if name.startswith("RECIPES_")]:
             del os.environ[name]
+        os.environ["PYTHONUSERBASE"] = site.getuserbase()  # packages may lie there; the home is another one
         os.environ.update(XDG_CONFIG_HOME=str(self.place("config")), TMPDIR=str(self.place("temporary")))
-        os.environ.update({"HF_HUB_OFFLINE": "1", MARK: str(self.folder)})
+        os.environ.update(HOME=str(self.place("home")), XDG_CACHE_HOME=str(self.place("home/.cache")))
+        os.environ.update(HF_HUB_OFFLINE="1", RECIPES_IMPORT_SECONDS="10")
         os.chdir(self.place("here"))
         try:
             with warnings.catch_warnings():
@@ -115,8 +135,13 @@ class Lab:
 
     @cached_property
     def setup(self) -> Setup:
-        """The registry of what is installed, this machine, and the lab's workspace."""
-        return Setup(self.folder / "workspace")
+        """The registry of what is installed and of the suite's own family, this machine, and the lab's workspace."""
+        setup = Setup(self.folder / "workspace")
+        families, owner = setup.registry.families, setup.registry.owners[0]
+        own = odd.family(owner)
+        known = replace(families, entries={**families.entries, own.name: own})
+        setup.__dict__["registry"] = replace(setup.registry, families=known)
+        return setup
 
     @property
     def registry(self) -> Registry:
@@ -141,8 +166,15 @@ class Lab:
     def names(self) -> dict[str, list[str]]:
         """Kind -> names of the package that can be used; what cannot is a case of the package itself."""
         tables = {kind: table for kind, table in self.fragment.items() if isinstance(table, Mapping)}
-        usable = {names.kind: names.entries for names in self.registry.kinds} | {"aliases": self.registry.aliases}
+        usable: dict[str, Sequence[str]] = {"aliases": list(self.registry.aliases)}
+        for names in self.registry.kinds:
+            usable[names.kind] = [name for name, entry in names.entries.items() if entry.owner == self.owner]
         return {kind: [name for name in tables[kind] if name in usable.get(kind, ())] for kind in tables}
+
+    def is_sound(self) -> bool:
+        """Whether the package is there, and all that it says can be used."""
+        wrong = [problem for problem in self.registry.problems if problem.owner == self.owner]
+        return bool(self.owner and self.fragment and not wrong)
 
     def given(self, name: str) -> dict[str, str]:
         """The settings for an entry's builds, as `--set` has them."""
@@ -185,13 +217,24 @@ class Lab:
             raise Skip("no installed family knows one of the tiny models")
         return found
 
+    def odd_models(self) -> dict[str, tuple[Path, Family]]:
+        """Tiny models that say what few say."""
+        found = {}
+        for what, config in ODD.items():
+            with suppress(RecipesError):
+                family = self.registry.family_of(config["architectures"][0])
+                found[what] = (self.model(family, config), family)
+        return found
+
     def all_models(self) -> dict[Path, int]:
         """Every tiny checkpoint that cases of this package may want, and its vocabulary's size."""
         names, found = self.names(), []
         for name in names.get("families", ()):
             found += [(self.registry.families[name], config) for config in self.configs.get(name, ())]
         if names.get("precisions") or names.get("engines"):
-            found += [(self.registry.families[f.name], MODELS[what]) for what, (_, f) in self.models().items()]
+            found += [(family, MODELS[what]) for what, (_, family) in self.models().items()]
+        if names.get("engines"):
+            found += [(family, ODD[what]) for what, (_, family) in self.odd_models().items()]
         sizes = {}
         for family, config in found:
             with suppress(Exception):  # its own case says what is wrong with it
@@ -210,7 +253,17 @@ class Lab:
     ) -> Build:
         """Build it, in the lab's workspace unless another is given. Raises the RecipesError of a build that fails."""
         setup = self.setup if workspace is None else replace(self.setup, workspace=workspace)
-        return build(recipe, setup, until, self.setup, accept, self._listen)
+        with self.marked():
+            return build(recipe, setup, until, self.setup, accept, self._listen)
+
+    @contextmanager
+    def marked(self) -> Iterator[None]:
+        """What is started meanwhile is known as this lab's, see `processes.left_over`."""
+        os.environ[MARK] = str(self.folder)
+        try:
+            yield
+        finally:
+            del os.environ[MARK]
 
     def _listen(self, event: Event) -> None:
         if event["event"] == "warn":
@@ -219,7 +272,8 @@ class Lab:
     def attempt(self, recipe: Recipe, workspace: Path) -> Build:
         """Build the engine in another workspace; `error` says why it failed, the last of `stages` where."""
         setup = replace(self.setup, workspace=workspace)
-        return runner.run(plan(recipe, setup, self.setup), setup.store, How(until="stage2"), ignore)
+        with self.marked():
+            return runner.run(plan(recipe, setup, self.setup), setup.store, How(until="stage2"), ignore)
 
     def load(self, recipe: Recipe) -> Loaded:
         """The built engine, loaded as `recipes run` does."""

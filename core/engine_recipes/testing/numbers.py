@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +92,13 @@ def _transformers(lab: Lab, folder: Path, vocab_size: int) -> dict[str, Any]:
 
 def of_source(lab: Lab, folder: Path, family: Family, vocab_size: int) -> Floats:
     """Logits of the unquantised source on `sample`: by transformers, else by the first reference that can run it."""
+    known: dict[Path, Floats] = lab.memory.setdefault("source", {})
+    if folder not in known:
+        known[folder] = _of_source(lab, folder, family, vocab_size)
+    return known[folder]
+
+
+def _of_source(lab: Lab, folder: Path, family: Family, vocab_size: int) -> Floats:
     try:
         return logits_of_transformers(lab, folder, vocab_size)
     except Skip as reason:
@@ -104,7 +112,8 @@ def of_source(lab: Lab, folder: Path, family: Family, vocab_size: int) -> Floats
         assert resolved is not None
         who = stages.provider("reference", reference)
         inputs = (Artifact(HF_CHECKPOINT, resolved, ""),)
-        context = StageContext(str(folder), "baseline", {}, inputs, lab.place(f"source-{folder.name}"))
+        out = Path(tempfile.mkdtemp(dir=lab.folder))  # a fresh one, as every stage gets
+        context = StageContext(str(folder), "baseline", {}, inputs, out)
         runtime = Host([who]).load_source(who, context)
         logits = runtime.logits(sample(vocab_size))
         runtime.close()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from .. import combinations, stages
 from ..entries import Engine, Family, Precision, StageEntry
+from ..errors import did_you_mean
 from .faults import Fault, expect
 from .lab import Lab
 from .processes import ask
@@ -25,11 +27,6 @@ _MOST_BYTES = 100_000  # of a fragment: parsing TOML takes about a millisecond f
 
 def its_registry_is_read_without_problems(lab: Lab, package: str) -> None:
     """What cannot be read is not there for users: nothing of it is listed, or the entry that is wrong is missing."""
-    expect(
-        lab.owner is not None,
-        f"no package {package} is installed here that advertises a registry: run `pip install -e .` in its folder, and"
-        ' see that its pyproject.toml has [project.entry-points."engine_recipes"] NAME = "TOP_LEVEL_PACKAGE"',
-    )
     assert lab.owner
     problems = [problem.text for problem in lab.registry.problems if problem.owner == lab.owner]
     expect(not problems, "\n".join(problems))
@@ -41,7 +38,7 @@ def its_registry_is_read_without_problems(lab: Lab, package: str) -> None:
 
 def its_modules_have_the_hooks_that_they_need(lab: Lab, package: str) -> None:
     """A module that cannot be imported, or lacks its hook, fails every build that names it."""
-    for (kind, name), answer in _imported(lab).items():
+    for (kind, name), answer in imported(lab).items():
         who = f"{kind}.{name}"
         expect(not answer["error"], f"{who}: {answer['error']}")
         lacks = [hook for hook in HOOKS[kind] if hook not in answer["hooks"]]
@@ -50,7 +47,7 @@ def its_modules_have_the_hooks_that_they_need(lab: Lab, package: str) -> None:
 
 def importing_its_modules_loads_nothing_heavy(lab: Lab, package: str) -> None:
     """Every command that imports a plugin would wait seconds for libraries that it does not use."""
-    for (kind, name), answer in _imported(lab).items():
+    for (kind, name), answer in imported(lab).items():
         heavy = ", ".join(answer["heavy"])
         expect(
             not heavy,
@@ -95,13 +92,33 @@ def its_entries_say_what_users_need(lab: Lab, package: str) -> None:
             lab.registry.calibration_of(entry)
 
 
-PROMISES: Sequence[Callable[[Lab, str], None]] = (
-    its_registry_is_read_without_problems,
-    its_modules_have_the_hooks_that_they_need,
-    importing_its_modules_loads_nothing_heavy,
-    listing_it_costs_one_small_file,
-    its_entries_say_what_users_need,
-)
+def _of_installed(promise: Callable[[Lab, str], None]) -> Callable[[Lab, str], None]:
+    """The promise, which a package that is not there does not keep."""
+
+    @functools.wraps(promise)
+    def check(lab: Lab, package: str) -> None:
+        names = [owner.package for owner in (*lab.registry.owners, *(p.owner for p in lab.registry.problems))]
+        expect(
+            lab.owner is not None,
+            f"no package {package} is installed here that advertises a registry ({did_you_mean(package, names)}): run"
+            " `pip install -e .` in its folder, and see that its pyproject.toml has"
+            ' [project.entry-points."engine_recipes"] NAME = "TOP_LEVEL_PACKAGE"',
+        )
+        promise(lab, package)
+
+    return check
+
+
+PROMISES: Sequence[Callable[[Lab, str], None]] = [
+    _of_installed(promise)
+    for promise in (
+        its_registry_is_read_without_problems,
+        its_modules_have_the_hooks_that_they_need,
+        importing_its_modules_loads_nothing_heavy,
+        listing_it_costs_one_small_file,
+        its_entries_say_what_users_need,
+    )
+]
 
 
 def _entries(lab: Lab) -> dict[tuple[str, str], Family | StageEntry]:
@@ -114,18 +131,24 @@ def _entries(lab: Lab) -> dict[tuple[str, str], Family | StageEntry]:
     return found
 
 
-def _imported(lab: Lab) -> dict[tuple[str, str], dict[str, Any]]:
+def imported(lab: Lab) -> dict[tuple[str, str], dict[str, Any]]:
     """What importing each module in a fresh process came to."""
     if "imported" not in lab.memory:
         entries = _entries(lab)
         providers = [asdict(stages.provider(_KINDS[kind], entry)) for (kind, _), entry in entries.items()]
-        try:
-            answers = ask(lab, "import_modules", {"providers": providers}, limit=60)
-        except Fault as fault:
-            raise Fault(f"{fault}\nImporting a module must take no time and start nothing") from None
-        lab.memory["imported"] = dict(zip(entries, answers, strict=True))
+        lab.memory["imported"] = dict(zip(entries, _import(lab, providers), strict=True))
     found: dict[tuple[str, str], dict[str, Any]] = lab.memory["imported"]
     return found
+
+
+def _import(lab: Lab, providers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    try:
+        return list(ask(lab, "import_modules", {"providers": providers}, limit=60))
+    except Fault as fault:  # one of them ended the process
+        if len(providers) > 1:
+            return [_import(lab, [one])[0] for one in providers]
+        error = f"{fault}\nImporting a module must take no time and start nothing"
+        return [{"error": error, "heavy": [], "hooks": []}]
 
 
 _KINDS = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +12,11 @@ from ..errors import RequestError
 from ..types import TRTLLM_CHECKPOINT
 from .building import Recipe
 from .faults import Skip, expect
-from .folders import contents, keeps_to_its_folder, survives_a_kill
+from .folders import expect_the_same, keeps_to_its_folder, survives_a_kill
 from .lab import Lab
 from .numbers import apart, of_source, sample, tolerance
 from .recipes import for_precision
-from .settings import promises_of
+from .settings import other_options, promises_of
 
 _VOCABULARY = 256  # of the tiny models
 
@@ -39,15 +40,21 @@ def two_builds_give_the_same_bytes(lab: Lab, name: str) -> None:
     """A key stands for bytes: if they differ from build to build, no engine can be built again as it was."""
     recipe = for_precision(lab, name)
     first = _checkpoint(lab, recipe)
-    again = lab.build(recipe, "stage1", workspace=lab.place(f"again-{name}")).path("stage1")
-    assert again is not None
-    ours, theirs = contents(first), contents(again)
-    different = [file for file in {**ours, **theirs} if ours.get(file) != theirs.get(file)]
-    expect(
-        not different,
-        f"two builds of the same differ in {', '.join(different)}: time, random numbers without a seed, the order of"
-        " sets, or paths do that",
-    )
+    again = _checkpoint(lab, recipe, lab.place(f"again-{name}"))
+    why = "time, random numbers without a seed, the order of sets, or paths do that"
+    expect_the_same(first, again, "two builds of the same", why)
+
+
+def options_that_are_in_no_key_change_no_bytes(lab: Lab, name: str) -> None:
+    """What is `keyed = false` does not make another build: whoever sets it is given what was there before."""
+    options = lab.registry.precisions[name].options
+    recipe = for_precision(lab, name)
+    for option, value in other_options(lab.registry.precisions[name], recipe):
+        if not options[option].keyed:
+            other = replace(recipe, settings={**recipe.settings, option: value})
+            again = _checkpoint(lab, other, lab.place(f"unkeyed-{name}-{option}"))
+            what = f"checkpoints with {option} = {value} and without"
+            expect_the_same(_checkpoint(lab, recipe), again, what, "take out `keyed = false`")
 
 
 def split_parts_join_to_the_whole(lab: Lab, name: str) -> None:
@@ -65,7 +72,9 @@ def split_parts_join_to_the_whole(lab: Lab, name: str) -> None:
             except RequestError:  # a size that this precision cannot split so
                 continue
             joined += 1
-            _same(whole, parts, ", ".join(f"{key} {value}" for key, value in split.items()))
+            count, ranks = len(list(parts.glob("rank*.safetensors"))), math.prod(map(int, split.values()))
+            expect(count == ranks, f"{_said(split)}: there are {count} rank files, not {ranks}")
+            _same(whole, parts, _said(split))
     expect(joined, "it has options to split a model, and refuses every split of a tiny one")
 
 
@@ -103,6 +112,7 @@ def stays_close_to_the_source(lab: Lab, name: str) -> None:
 PROMISES: Sequence[Callable[[Lab, str], None]] = (
     keeps_to_its_folder_and_says_what_it_made,
     two_builds_give_the_same_bytes,
+    options_that_are_in_no_key_change_no_bytes,
     split_parts_join_to_the_whole,
     *promises_of("precisions"),
     a_killed_stage_leaves_nothing_behind,
@@ -110,8 +120,12 @@ PROMISES: Sequence[Callable[[Lab, str], None]] = (
 )
 
 
-def _checkpoint(lab: Lab, recipe: Recipe) -> Path:
-    folder = lab.build(recipe, "stage1").path("stage1")
+def _said(split: Mapping[str, str]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in split.items())
+
+
+def _checkpoint(lab: Lab, recipe: Recipe, workspace: Path | None = None) -> Path:
+    folder = lab.build(recipe, "stage1", workspace=workspace).path("stage1")
     assert folder is not None
     return folder
 

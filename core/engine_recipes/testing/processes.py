@@ -37,7 +37,7 @@ def start(
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=(lab.place("logs") / f"{number}-{action}.log").open("wb"),
-        env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **environment},
+        env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, MARK: str(lab.folder), **environment},
         start_new_session=True,
     )
     assert child.stdin

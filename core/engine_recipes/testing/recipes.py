@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..entries import Engine, Precision
-from ..errors import RecipesError
+from ..errors import RecipesError, RequestError
 from .building import Recipe
 from .faults import Fault, Skip
 from .lab import Lab
@@ -60,6 +60,9 @@ def for_engine(lab: Lab, name: str, folder: Path | None = None, family: str = ""
                 plan = lab.plan(recipe)
             except RecipesError as error:
                 why = error.message
+                continue
+            if isinstance(problem := plan.lacking.get("stage2"), RequestError):  # this engine does not run it
+                why = problem.message
                 continue
             found.append((bool(_obstacle(plan)), replace(recipe, target=plan.target)))
         if found:

@@ -147,7 +147,10 @@ def loads_wherever_its_folder_lies(lab: Lab, name: str) -> None:
     plan, built = lab.plan(recipe), lab.build(recipe).path("stage2")
     assert built is not None
     moved = lab.place("elsewhere") / "engine"
+    others = [lab.setup.workspace, Path(recipe.model).parent]  # what it was made from does not come along
     built.rename(moved)
+    for folder in others:
+        folder.rename(folder.with_name(f"{folder.name}-away"))
     try:
         moved.chmod(0o555)
         earlier = look([moved])
@@ -160,6 +163,8 @@ def loads_wherever_its_folder_lies(lab: Lab, name: str) -> None:
         raise Fault(f"it cannot be loaded from a folder that was moved and is read-only: {error}") from None
     finally:
         moved.chmod(0o755)
+        for folder in others:
+            folder.with_name(f"{folder.name}-away").rename(folder)
         moved.rename(built)
 
 

@@ -44,7 +44,7 @@ def its_keys_say_what_it_depends_on(lab: Lab, entry: StageEntry, recipe: Recipe)
         theirs = ask(lab, "keys", request, PYTHONHASHSEED=seed)
         other = [name for name, key in keys.items() if key != theirs.get(name)]
         expect(not other, f"another process has another key for {', '.join(other)}")
-    for option, value in _changes(entry, recipe):
+    for option, value in other_options(entry, recipe):
         try:
             changed = lab.plan(replace(recipe, settings={**recipe.settings, f"{PREFIXES[stage]}{option}": value}))
         except RecipesError:  # this model or engine does not allow it
@@ -95,7 +95,7 @@ def bad_values(option: Option) -> list[str]:
     return ["many", "nan", *[f"{value:.0f}" for value in (-_FAR, *edges)]]
 
 
-def _changes(entry: StageEntry, recipe: Recipe) -> Iterator[tuple[str, str]]:
+def other_options(entry: StageEntry, recipe: Recipe) -> Iterator[tuple[str, str]]:
     """One more value for each option, where it is known what it may be."""
     for option, allowed in entry.options.items():
         taken = (str(allowed.default), recipe.settings.get(f"{PREFIXES[_stage(entry)]}{option}"))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
-import traceback
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
+from traceback import StackSummary, TracebackException
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RecipesError
+import pluggy
+
+from .. import host
+from ..errors import RecipesError, did_you_mean
 from ..types import Value
 from . import engines, families, models, packages, precisions, running, settings as options
 from .faults import Fault, Skip
@@ -45,6 +50,14 @@ _SINGULAR = {
     "engines": "engine",
     "aliases": "alias",
 }
+#: Files of which a traceback tells authors nothing.
+_OURS = (
+    str(Path(__file__).parent),
+    str(Path(pluggy.__file__).parent),
+    str(Path(importlib.__file__).parent),
+    "<frozen importlib",
+    host.__file__,
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ class Case:
             output = getattr(error, "output", "")
             fault = f"{type(error).__name__}: {error}" + (f"\n{output}" if output else "")
         except Exception as error:  # of the plugin's code, which cases call
-            fault = "".join(traceback.format_exception(error)).rstrip()
+            fault = traceback_of(error)
         if fault:  # not in the except clause: its traceback would tell of this suite, and not of the plugin
             pytest.fail(
                 f"{self.id}\n{fault}\nWhy: {self.promise}\nMore: {_READ[self.id.partition(' ')[0]]}", pytrace=False
@@ -105,6 +118,9 @@ def conformance(
         tolerance: precision -> largest relative root mean square error of an engine's logits on a tiny model, against
             the unquantised source. Left out: 0.002 for plain 16 bits, 0.1 for 8 bits, 0.5 for fewer.
         skip: pattern of case ids -> why they are skipped.
+
+    Raises:
+        ValueError: configs, settings or tolerance name what is not there, or a pattern of `skip` fits no case.
     """
     import pytest
 
@@ -120,15 +136,58 @@ def cases(
     tolerance: Mapping[str, float] | None = None,
     skip: Mapping[str, str] | None = None,
 ) -> list[Case]:
-    """The cases themselves, for those who do not use pytest's parametrisation. Arguments as for `conformance`."""
+    """The cases themselves, for those who do not use pytest's parametrisation. As `conformance` otherwise."""
     lab = Lab(package, configs or {}, settings or {}, tolerance or {})
     with lab.world():
         names = lab.names()
+        _check_arguments(lab)
     found = [_case(lab, f"package {package}", promise, package, skip or {}) for promise in packages.PROMISES]
     for kind, promises in PROMISES.items():
         for name in names.get(kind, ()):
-            found += [_case(lab, f"{_SINGULAR[kind]} {name}", promise, name, skip or {}) for promise in promises]
+            check = [_if_imported(kind, promise) for promise in promises]
+            found += [_case(lab, f"{_SINGULAR[kind]} {name}", promise, name, skip or {}) for promise in check]
+    with lab.world():
+        unused = [pattern for pattern in skip or {} if not any(fnmatchcase(case.id, pattern) for case in found)]
+        if unused and lab.is_sound():
+            raise ValueError(f"skip: no case is {unused[0]!r}; {did_you_mean(unused[0], [case.id for case in found])}")
     return found
+
+
+def _check_arguments(lab: Lab) -> None:
+    """Raise ValueError for a name that nobody has: a tolerance for it would never be asked for."""
+    if not lab.is_sound():  # the package's own cases say what is wrong
+        return
+    everything = {name for names in lab.registry.kinds for name in names.entries}
+    for argument, given, known in (
+        ("configs", lab.configs, lab.names().get("families", ())),
+        ("settings", lab.settings, everything),
+        ("tolerance", lab.tolerance, lab.registry.precisions.entries),
+    ):
+        for name in given:
+            if name not in known:
+                raise ValueError(f"{argument}: there is no {name!r}; {did_you_mean(name, known)}")
+
+
+def _if_imported(kind: str, promise: Callable[[Lab, str], None]) -> Callable[[Lab, str], None]:
+    """The promise, skipped if the entry's module cannot be imported: one failure is enough, and a hang takes long."""
+
+    @functools.wraps(promise)
+    def check(lab: Lab, name: str) -> None:
+        if packages.imported(lab).get((kind, name), {}).get("error"):
+            raise Skip("its module cannot be imported, see `its modules have the hooks that they need`")
+        promise(lab, name)
+
+    return check
+
+
+def traceback_of(error: BaseException) -> str:
+    """The traceback without what is between the plugin's code and pytest."""
+    found = TracebackException.from_exception(error)
+    one: TracebackException | None = found
+    while one:
+        one.stack = StackSummary.from_list([frame for frame in one.stack if not frame.filename.startswith(_OURS)])
+        one = one.__cause__ or one.__context__
+    return "".join(found.format()).rstrip()
 
 
 def _case(lab: Lab, who: str, promise: Callable[[Lab, str], None], name: str, skip: Mapping[str, str]) -> Case:

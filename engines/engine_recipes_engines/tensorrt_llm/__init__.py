@@ -6,6 +6,7 @@ of it is imported here. Options: `options.toml`; how to use it: `docs/reference/
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 #: Of the masked attention kernels: MMHA_SUPPORTED_HEAD_SIZES in TensorRT-LLM's decoderMaskedMultiheadAttention.cu.
 HEAD_SIZES = (32, 48, 64, 80, 96, 104, 112, 128, 144, 160, 192, 224, 256)
+#: Architectures of its class that multiplies the embedding's rows by `embedding_multiplier`: models/llama/model.py.
+SCALED = ("LlamaForCausalLM", "MistralForCausalLM")
+#: That of its class that multiplies them by √hidden_size, whatever config.json says: models/gemma/model.py.
+GEMMA = "GemmaForCausalLM"
 
 
 @hookimpl
@@ -29,6 +34,7 @@ def check_decoder(context: StageContext, decoder: Decoder) -> None:
             f"TensorRT-LLM has no attention kernel for heads of {decoder.head_size}",
             f"it has {', '.join(map(str, HEAD_SIZES))}: choose another engine",
         )
+    _check_class(decoder)
     if context.options.get("runtime"):
         Environment.of(context.options).require()  # now, and not after a calibration
     longest = int(context.options.get("max_seq_len") or decoder.max_positions)
@@ -36,6 +42,26 @@ def check_decoder(context: StageContext, decoder: Decoder) -> None:
         raise RequestError(
             f"build.max_seq_len = {longest}: this model is made for {decoder.max_positions}",
             f"set build.max_seq_len={decoder.max_positions} or less",
+        )
+
+
+def _check_class(decoder: Decoder) -> None:
+    """Refuse what TensorRT-LLM's model class would compute differently, without a word.
+
+    All of them read `hidden_act`. None that has room for these weights reads how much of a head is rotated: those that
+    read `rotary_pct` keep fc and gate as one matrix (Phi3) or have no gate (GPT).
+    """
+    name, scale = decoder.architecture, decoder.embedding_scale
+    if decoder.rotary_size:
+        raise RequestError(
+            f"TensorRT-LLM's {name} rotates whole heads, this model {decoder.rotated} of {decoder.head_size} elements",
+            "choose another engine",
+        )
+    theirs = scale if name in SCALED else math.sqrt(decoder.hidden_size) if name == GEMMA else 1.0
+    if not math.isclose(scale, theirs, rel_tol=1e-6):
+        raise RequestError(
+            f"TensorRT-LLM's {name} multiplies the embedding's rows by {theirs:g}, this model by {scale:g}",
+            "choose another engine",
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +40,29 @@ def test_sequences_longer_than_the_model_are_refused() -> None:
     with pytest.raises(RequestError, match="this model is made for 256") as caught:
         check(decoder(head_dim=64), max_seq_len=257)
     assert "max_seq_len=256" in caught.value.hint
+
+
+@pytest.mark.parametrize("arch", ["LlamaForCausalLM", "Qwen2ForCausalLM", "GemmaForCausalLM", "AcmeForCausalLM"])
+def test_heads_that_are_rotated_in_part_are_refused(arch: str) -> None:
+    with pytest.raises(RequestError, match=f"TensorRT-LLM's {arch} rotates whole heads, this model 32 of 64") as caught:
+        check(replace(decoder(head_dim=64), architecture=arch, rotary_size=32))
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("arch", "right", "wrong"),
+    [
+        ("LlamaForCausalLM", 12.0, None),
+        ("MistralForCausalLM", 12.0, None),
+        ("GemmaForCausalLM", 8.0, 12.0),  # √64
+        ("GemmaForCausalLM", math.sqrt(64), 1.0),
+        ("Qwen3ForCausalLM", 1.0, 12.0),
+        ("AcmeForCausalLM", 1.0, 8.0),
+    ],
+)
+def test_only_what_the_model_class_multiplies_by_is_accepted(arch: str, right: float, wrong: float | None) -> None:
+    of = replace(decoder(head_dim=64), architecture=arch, activation="gelu_pytorch_tanh")
+    check(replace(of, embedding_scale=right))
+    if wrong:
+        with pytest.raises(RequestError, match=f"TensorRT-LLM's {arch} multiplies .*, this model by {wrong:g}"):
+            check(replace(of, embedding_scale=wrong))

@@ -6,8 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.shared_memory import SharedMemory
 
-from engine_recipes import events
+from engine_recipes import Rejected, events
 
 
 def misbehave(context) -> None:
@@ -17,8 +18,6 @@ def misbehave(context) -> None:
     stage, _, mode = os.environ.get("TOY", "").partition(" ")
     if stage != context.stage:
         return
-    if mode == "raise":
-        raise ValueError("the toy broke")
     if mode == "exit":
         os._exit(7)
     if mode == "disk":
@@ -30,8 +29,24 @@ def misbehave(context) -> None:
         subprocess.Popen(words, start_new_session=True)
     if mode == "trespass":
         (context.inputs[0].path / "weights.json").write_text("{}")
-    if mode == "tamper":  # by another program: what a C library does looks the same
+    if mode.startswith("tamper"):  # by another program: what a C library does looks the same
         subprocess.run(["sh", "-c", 'echo >> "$0"', str(context.inputs[0].path / "weights.json")], check=True)
+    if mode == "swap":  # as another process does that makes it again
+        words = 'cp -r "$0" "$0.new" && rm -r "$0" && mv "$0.new" "$0"'
+        subprocess.run(["sh", "-c", words, str(context.inputs[0].path)], check=True)
+    if mode == "ask":
+        input("Trust remote code? [y/N] ")
+    if mode == "share":
+        memory = SharedMemory(create=True, size=64)
+        memory.close()
+        memory.unlink()
+    if mode == "emit nonsense":
+        for event in ({}, {"event": "error"}, {"event": "progress"}, {"event": "strange"}, [1], {"event": ["x"]}):
+            events.emit(event)
+    if mode == "reject":
+        raise Rejected("I say so")
+    if mode == "strange":
+        raise type("Strange", (BaseException,), {"__str__": lambda self: 1 / 0})
     if mode == "link":
         (context.out / "link.bin").symlink_to(context.inputs[0].path / "weights.json")
     if mode == "fork" and os.fork() == 0:  # the child keeps all pipes open
@@ -45,3 +60,5 @@ def misbehave(context) -> None:
     if mode.endswith("sleep"):
         events.warn(f"sleeping in {os.getpid()}")
         time.sleep(600)
+    if mode.endswith("raise"):
+        raise ValueError("the toy broke")
