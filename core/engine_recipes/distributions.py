@@ -63,8 +63,8 @@ def _read(dist: Distribution, package: str, version: str) -> list[Advertised]:
 def version(name: str) -> str | None:
     """The version of an installed distribution, None if there is none."""
     try:
-        return identity(distribution(name))[1]
-    except (PackageNotFoundError, ValueError):  # ValueError: an empty name
+        return identity(distribution(name))[1] if name else None
+    except PackageNotFoundError:
         return None
 
 
