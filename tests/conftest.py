@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,31 @@ def toy_model(toy: None, own_world: Path) -> Path:
     """A checkpoint of the toy family, in the current folder under `toy-model`."""
     folder = tiny.write(own_world / "here" / "toy-model", "llama", architectures=["ToyForCausalLM"])
     return testing.write_tokenizer(folder)
+
+
+#: Read before tests lose the environment.
+BROWSER_WANTED = bool(os.environ.get("RECIPES_TEST_BROWSER"))
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium of this machine, one for all tests: playwright starts once in a process.
+
+    Without one tests are skipped, or fail if RECIPES_TEST_BROWSER is set.
+    """
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        found = None
+    if found is None:
+        assert not BROWSER_WANTED, "no chromium or no playwright here"
+        pytest.skip("needs chromium and playwright")
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=found, args=quiet)
+        yield chromium
+        chromium.close()
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import shutil
-from collections.abc import Iterator
 from datetime import datetime, timezone
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,7 +19,6 @@ from engine_recipes.types import Check
 
 #: What a model might say: markup, a script, half a surrogate pair, a bell.
 NASTY = "The <script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\"> \ud800\x07 & end."
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -176,27 +172,6 @@ def test_letters_do_not_lie_on_each_other(workspace: Path) -> None:
 
 # --- in a real browser ------------------------------------------------------------------------------------------------
 
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A headless Chromium of this machine. Without one tests are skipped, or fail if RECIPES_TEST_BROWSER is set."""
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        found = None
-    if found is None:
-        assert not BROWSER_WANTED, "no chromium or no playwright here"
-        pytest.skip("needs chromium and playwright")
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=found, args=quiet)
-        yield chromium
-        chromium.close()
-
-
-#: Read before tests lose the environment.
-BROWSER_WANTED = bool(os.environ.get("RECIPES_TEST_BROWSER"))
 
 #: For every text on the page: its colour against what lies behind it, as WCAG 2.2 defines contrast.
 CONTRASTS = """() => {
