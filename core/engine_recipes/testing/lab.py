@@ -208,19 +208,19 @@ class Lab:
 
     def models(self) -> dict[str, tuple[Path, Family]]:
         """Tiny models that families installed here describe: what they are -> folder and family."""
-        found = {}
-        for what, config in MODELS.items():
-            with suppress(RecipesError):
-                family = self.registry.family_of(config["architectures"][0])
-                found[what] = (self.model(family, config), family)
+        found = self._described(MODELS)
         if not found:
             raise Skip("no installed family knows one of the tiny models")
         return found
 
     def odd_models(self) -> dict[str, tuple[Path, Family]]:
         """Tiny models that say what few say."""
+        return self._described(ODD)
+
+    def _described(self, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Path, Family]]:
+        """Those of the models whose architecture a family knows."""
         found = {}
-        for what, config in ODD.items():
+        for what, config in configs.items():
             with suppress(RecipesError):
                 family = self.registry.family_of(config["architectures"][0])
                 found[what] = (self.model(family, config), family)
