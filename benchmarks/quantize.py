@@ -234,7 +234,7 @@ def quantize(model: Any, precision: str, forward: Any) -> None:
 def read(folder: Path, rows: int, seq_len: int) -> list[list[int]]:
     """The rows the product would take."""
     from engine_recipes import read_texts
-    from engine_recipes_precisions.rows import read_rows
+    from engine_recipes.calibration import read_rows
 
     text = read_texts("package:engine_recipes_precisions/calibration.txt.xz")
     return [list(map(int, row)) for row in read_rows(text, folder, rows, seq_len, 1234).ids]

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import (
+        calibration as calibration,
         checkpoint as checkpoint,
         checks as checks,
         events as events,
@@ -79,7 +80,7 @@ _HOME = {
     "StageContext": "types",
     "Verdict": "types",
 }
-_MODULES = ("checkpoint", "checks", "events", "rope", "stepping", "testing")
+_MODULES = ("calibration", "checkpoint", "checks", "events", "rope", "stepping", "testing")
 
 __all__ = [*_HOME, *_MODULES, "__version__"]
 

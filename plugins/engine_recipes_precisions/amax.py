@@ -17,12 +17,12 @@ from importlib.metadata import version
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from engine_recipes import Decoder, StageContext, StageFailed, checkpoint, events, hookimpl, read_texts
+from engine_recipes import Decoder, StageContext, StageFailed, calibration, checkpoint, events, hookimpl, read_texts
+from engine_recipes.calibration import SAME_INPUT, Rows
 
 from . import device as machine
 from .arguments import KEPT_BYTES
-from .layers import Calibration, LayeredModel, check_length
-from .rows import Rows, batches, read_rows
+from .layers import Calibration, LayeredModel
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,15 +32,11 @@ if TYPE_CHECKING:
     #: Runs all rows through a layer, given what to call after each part that went through and after one that failed.
     Forward = Callable[[Callable[[], None], Callable[[], None]], None]
 
-#: Roles of the linear layers of a decoder layer that read the same input, see `Decoder.names`. Only the first of each
-#: is looked at, which halves what measuring costs.
-SAME_INPUT = (("q", "k", "v"), ("dense",), ("gate", "up"), ("down",))
-
 
 @hookimpl
 def check_decoder(context: StageContext, decoder: Decoder) -> None:
     """Refuse rows that are too long."""
-    check_length(decoder, int(context.options["seq_len"]))
+    calibration.check_length(decoder, int(context.options["seq_len"]))
 
 
 @hookimpl
@@ -80,7 +76,7 @@ class Maxima:
             config["algorithm"] = None  # calibrated layer by layer, when there are weights
             mtq.quantize(model, config)
         for layer in model.get_submodule(self.names["q"].partition(".{}")[0]):
-            for first, *others in SAME_INPUT:
+            for first, *others in SAME_INPUT:  # one of each is looked at, which halves what measuring costs
                 _measure_in_one_pass(self.module(layer, first).input_quantizer)
                 for role in others:
                     self.module(layer, role).input_quantizer.disable()
@@ -173,7 +169,7 @@ def measure(context: StageContext, source: checkpoint.SourceCheckpoint, maxima: 
     seq_len = int(options["seq_len"])
     start = perf_counter()
     texts = read_texts(str(options["data"]))
-    rows = read_rows(texts, source.folder, int(options["size"]), seq_len, int(options["seed"]))
+    rows = calibration.read_rows(texts, source.folder, int(options["size"]), seq_len, int(options["seed"]))
     seconds = {"tokenise": perf_counter() - start}
     start = perf_counter()
     import torch
@@ -181,15 +177,15 @@ def measure(context: StageContext, source: checkpoint.SourceCheckpoint, maxima: 
     device = machine.choose(str(options["device"]))
     with machine.memory_errors(), torch.no_grad():
         model = LayeredModel(source, device, machine.compute_dtype(device))
-        calibration = _place_rows(rows, model, maxima, int(options["batch_size"]), seq_len)
+        placed = _place_rows(rows, model, maxima, int(options["batch_size"]), seq_len)
         maxima.prepare(model.model)
         seconds["start"] = perf_counter() - start
-        tensors = _measure_layers(model, calibration, maxima)
+        tensors = _measure_layers(model, placed, maxima)
     seconds.update(model.seconds, **maxima.seconds)
     about = {
         "method": maxima.method,
         **maxima.about,
-        **_about(rows, seq_len, model, calibration.parts.rows),
+        **_about(rows, seq_len, model, placed.parts.rows),
         "phases": {f"{phase}_seconds": round(spent, 3) for phase, spent in seconds.items()},
     }
     checkpoint.write_statistics(context.out, tensors, about)
@@ -202,10 +198,10 @@ def _place_rows(rows: Rows, model: LayeredModel, maxima: Maxima, asked: int, seq
     layers = 2 * width * decoder.parameters // decoder.layers
     taken = layers + KEPT_BYTES + maxima.extra_bytes() + (hidden if keep_on == device else 0)
     size = asked or machine.batch_size(decoder, device, seq_len, taken, width)
-    return Calibration(model, batches(rows, size), keep_on)
+    return Calibration(model, rows.batches(size), keep_on)
 
 
-def _measure_layers(model: LayeredModel, calibration: Calibration, maxima: Maxima) -> dict[str, Array]:
+def _measure_layers(model: LayeredModel, placed: Calibration, maxima: Maxima) -> dict[str, Array]:
     tensors = {}
     events.progress("calibrating", 0, len(model.layers), "layers")
     for index, layer in model.loaded():
@@ -213,7 +209,7 @@ def _measure_layers(model: LayeredModel, calibration: Calibration, maxima: Maxim
         def forward(
             done: Callable[[], None], failed: Callable[[], None], index: int = index, layer: torch.nn.Module = layer
         ) -> None:
-            calibration.forward(index, layer, done, failed)
+            placed.forward(index, layer, done, failed)
 
         tensors.update(maxima.layer(index, layer, forward))
         events.progress("calibrating", index + 1, len(model.layers), "layers")

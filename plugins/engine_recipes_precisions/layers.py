@@ -13,11 +13,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from engine_recipes import Decoder, RequestError, StageFailed, checkpoint
+from engine_recipes import RequestError, StageFailed, checkpoint
+from engine_recipes.calibration import Batch
 
 from . import device as machine
 from .arguments import Kept, keep_apart
-from .rows import Batch
 from .skeleton import check_parameters, layers_of, without_weights
 
 if TYPE_CHECKING:
@@ -276,12 +276,3 @@ def _renumber(batches: Sequence[Batch]) -> tuple[Array, list[Batch]]:
 
     used = np.unique(np.concatenate([batch.ids.reshape(-1) for batch in batches]))
     return used, [Batch(np.searchsorted(used, batch.ids), batch.positions) for batch in batches]
-
-
-def check_length(decoder: Decoder, seq_len: int) -> None:
-    """Refuse rows longer than the model's positions."""
-    if seq_len > decoder.max_positions:
-        raise RequestError(
-            f"calib.seq_len = {seq_len} and the model has {decoder.max_positions} positions",
-            f"--set calib.seq_len={decoder.max_positions} at most",
-        )

@@ -11,7 +11,8 @@ import torch
 
 import modelopt_oracle
 from engine_recipes import Decoder, MachineError, RequestError, StageContext, StageFailed, checkpoint, events
-from engine_recipes_precisions import amax, device, layers, rows
+from engine_recipes.calibration import read_rows
+from engine_recipes_precisions import amax, device, layers
 
 from .calibrating import TEXT, calibrate, change, same, source
 
@@ -24,7 +25,7 @@ def test_the_same_numbers_as_modelopt_on_the_whole_model(
 ) -> None:
     hf = source(tmp_path / "hf", arch)
     found = calibrate(amax, hf, tmp_path / "out", monkeypatch)
-    tokens = torch.from_numpy(rows.read_rows([TEXT], hf, 4, 24, 1).ids)
+    tokens = torch.from_numpy(read_rows([TEXT], hf, 4, 24, 1).ids)
     dtype = str(device.compute_dtype(CPU)).removeprefix("torch.")
     expected = modelopt_oracle.statistics(modelopt_oracle.calibrated(hf, "fp8", "fp8", dtype=dtype, tokens=tokens))
     assert sorted(found.names()) == sorted(name for name in expected if "lm_head" not in name)
@@ -159,7 +160,7 @@ def test_nothing_stays_loaded(tmp_path: Path) -> None:
     hf = source(tmp_path / "hf")
     with checkpoint.open_source(hf) as opened, torch.no_grad():
         model = layers.LayeredModel(opened, CPU, torch.bfloat16)
-        found = rows.batches(rows.read_rows([TEXT], hf, 4, 24, 1), 4)
+        found = read_rows([TEXT], hf, 4, 24, 1).batches(4)
         calibration = layers.Calibration(model, found, CPU)
         for index, layer in model.loaded():
             assert not any(p.is_meta for p in layer.parameters())

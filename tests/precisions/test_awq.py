@@ -10,7 +10,8 @@ import torch
 import modelopt_oracle
 import tiny
 from engine_recipes import RequestError
-from engine_recipes_precisions import amax, awq, awq_search, device, rows
+from engine_recipes.calibration import read_rows
+from engine_recipes_precisions import amax, awq, awq_search, device
 
 from .calibrating import TEXT, calibrate, same, source
 
@@ -46,7 +47,7 @@ def test_the_scales_that_modelopt_finds(
 ) -> None:
     hf = source(tmp_path / "hf", arch, **WIDE)
     found = calibrate(awq, hf, tmp_path / "out", monkeypatch)
-    tokens = torch.from_numpy(rows.read_rows([TEXT], hf, 4, 24, 1).ids)
+    tokens = torch.from_numpy(read_rows([TEXT], hf, 4, 24, 1).ids)
     expected = modelopt_oracle.statistics(modelopt_oracle.calibrated(hf, "int4_awq", tokens=tokens))
     for layer in range(3):
         for role in ("dense", "gate", "up", "down"):
@@ -59,7 +60,7 @@ def test_q_k_and_v_share_the_best_scale_for_all_three(
 ) -> None:
     hf = source(tmp_path / "hf", **WIDE)
     found = calibrate(awq, hf, tmp_path / "out", monkeypatch)
-    inputs = modelopt_oracle.inputs(hf, torch.from_numpy(rows.read_rows([TEXT], hf, 4, 24, 1).ids))
+    inputs = modelopt_oracle.inputs(hf, torch.from_numpy(read_rows([TEXT], hf, 4, 24, 1).ids))
     weights = tiny.tensors(tiny.config("llama", vocab_size=103, **WIDE))
     names = [f"model.layers.1.{ROLES[role]}" for role in ("q", "k", "v")]
     weight = torch.cat([torch.from_numpy(weights[f"{name}.weight"].astype(np.float32)) for name in names])

@@ -10,9 +10,9 @@ import torch
 
 import modelopt_oracle
 from engine_recipes import MachineError, RequestError, StageFailed, checkpoint
+from engine_recipes.calibration import Rows, read_rows
 from engine_recipes_precisions import arguments, layers
 from engine_recipes_precisions.layers import Calibration, LayeredModel
-from engine_recipes_precisions.rows import Rows, batches, read_rows
 
 from .calibrating import TEXT, source
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 def calibration(opened: checkpoint.SourceCheckpoint, rows: Rows, size: int = 4) -> tuple[LayeredModel, Calibration]:
     model = LayeredModel(opened, CPU, torch.float32)
-    return model, Calibration(model, batches(rows, size), CPU)
+    return model, Calibration(model, rows.batches(size), CPU)
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])

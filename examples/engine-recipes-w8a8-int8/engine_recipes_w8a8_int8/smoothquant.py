@@ -10,51 +10,45 @@ import contextlib
 import copy
 import io
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine_recipes import (
     Decoder,
-    RequestError,
     StageContext,
     StageFailed,
-    Tokenizer,
+    calibration,
     checkpoint,
     events,
     hookimpl,
     read_texts,
 )
+from engine_recipes.calibration import SAME_INPUT, Rows
 
 if TYPE_CHECKING:
     import numpy as np
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-#: Roles of the linear layers of a decoder layer that read the same input, see `Decoder.names`.
-SAME_INPUT = (("q", "k", "v"), ("dense",), ("gate", "up"), ("down",))
 _ROWS = 4  # that go through the model together
 
 
 @hookimpl
 def check_decoder(context: StageContext, decoder: Decoder) -> None:
     """Refuse rows that are too long."""
-    length = int(context.options["seq_len"])
-    if length > decoder.max_positions:
-        raise RequestError(
-            f"calib.seq_len is {length}, and the model is meant for {decoder.max_positions:,} tokens",
-            f"--set calib.seq_len={decoder.max_positions}",
-        )
+    calibration.check_length(decoder, int(context.options["seq_len"]))
 
 
 @hookimpl
 def calibrate(context: StageContext) -> None:
-    """Measure. Options: `data`, `size`, `seq_len`, `alpha`, and the precision's `device`."""
+    """Measure. Options: `data`, `size`, `seq_len`, `seed`, `alpha`, and the precision's `device`."""
     options: Any = context.options
     with checkpoint.open_source(context.input("hf-checkpoint")) as source:
         decoder, folder = source.decoder, source.folder
-    rows = read_rows(read_texts(options["data"]), folder, options["size"], options["seq_len"])
+    texts = read_texts(options["data"])
+    rows = calibration.read_rows(texts, folder, options["size"], options["seq_len"], options["seed"])
     model = load(folder, options["device"])
     smooth(model, rows, options["alpha"])
     checkpoint.write_statistics(
@@ -63,35 +57,11 @@ def calibrate(context: StageContext) -> None:
         {
             "method": "smoothquant",
             "alpha": options["alpha"],
-            "rows": len(rows),
-            "tokens": int(rows.size),
+            "rows": rows.count,
+            "tokens": rows.tokens,
             "versions": {name: version(name) for name in ("nvidia-modelopt", "torch", "transformers")},
         },
     )
-
-
-def read_rows(texts: Iterable[str], folder: Path, size: int, seq_len: int) -> Array:
-    """Rows of tokens from all over the texts, int64 [size, seq_len]; fewer if there is less text.
-
-    Raises:
-        RequestError: there is not one row of text.
-    """
-    import numpy as np
-
-    tokenizer = Tokenizer.load(folder)
-    ids: list[int] = []
-    for text in texts:
-        ids += tokenizer.encode(text)
-        if len(ids) > 16 * size * seq_len:
-            break
-    count = len(ids) // seq_len
-    if not count:
-        raise RequestError(
-            f"the calibration text has {len(ids)} tokens, fewer than one row of {seq_len}",
-            "give more text, --set calib.data=FILE.txt, or shorter rows, --set calib.seq_len",
-        )
-    chosen = np.linspace(0, count - 1, min(size, count)).astype(int)
-    return np.array(ids[: count * seq_len], np.int64).reshape(count, seq_len)[chosen]
 
 
 def load(folder: Path, device: str) -> Any:
@@ -107,14 +77,19 @@ def load(folder: Path, device: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(place).eval()
 
 
-def smooth(model: Any, rows: Array, alpha: float) -> None:
+def smooth(model: Any, rows: Rows, alpha: float) -> None:
     """Let ModelOpt measure and smooth; its quantizers keep what it found."""
     import torch
 
     def forward(module: Any) -> None:
-        for start in range(0, len(rows), _ROWS):
-            module(torch.from_numpy(rows[start : start + _ROWS]).to(module.device), use_cache=False)
-            events.progress("calibrating", min(start + _ROWS, len(rows)), len(rows), "rows")
+        done = 0
+        for batch in rows.batches(_ROWS):
+            # by positions that start again the model knows that a row has several texts
+            arguments = {"input_ids": batch.ids, "position_ids": batch.positions}
+            tensors = {name: torch.from_numpy(array) for name, array in arguments.items() if array is not None}
+            module(**{name: tensor.to(module.device) for name, tensor in tensors.items()}, use_cache=False)
+            done += len(batch.ids)
+            events.progress("calibrating", done, rows.count, "rows")
 
     with _quiet(), torch.no_grad():
         import modelopt.torch.quantization as mtq

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_recipes_w8a8_int8.precision import rounded, smoother
-from engine_recipes_w8a8_int8.smoothquant import load, read_rows, smooth, statistics
+from engine_recipes_w8a8_int8.smoothquant import load, smooth, statistics
 
-from engine_recipes import Decoder, RequestError, checkpoint, from_hf, testing
+from engine_recipes import Decoder, calibration, checkpoint, from_hf, testing
 
 
 def test_weights_are_off_by_half_a_step_at_most_and_use_all_of_them() -> None:
@@ -32,16 +32,12 @@ def tiny(tmp_path: Path) -> tuple[Path, Decoder]:
     return testing.write_checkpoint(tmp_path / "tiny", config, decoder), decoder
 
 
-def test_text_that_is_too_short_is_refused(tiny: tuple[Path, Decoder]) -> None:
-    with pytest.raises(RequestError, match="fewer than one row of 64"):
-        read_rows(["Hello"], tiny[0], 4, 64)
-
-
 def test_it_stores_what_modelopt_smooths_and_measures(tiny: tuple[Path, Decoder]) -> None:
     pytest.importorskip("modelopt")
     folder, decoder = tiny
-    rows = read_rows(["The quick brown fox jumps over the lazy dog. " * 40], folder, 4, 64)
-    assert rows.shape == (4, 64)
+    texts = ["The quick brown fox jumps over the lazy dog. " * 40, "Two short texts", "share a row."]
+    rows = calibration.read_rows(texts, folder, 40, 64, 0)
+    assert any(batch.positions is not None for batch in rows.batches(4))
     before = load(folder, "cpu").state_dict()
     model = load(folder, "cpu")
     smooth(model, rows, 0.75)

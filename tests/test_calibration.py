@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine_recipes import RequestError, Tokenizer, events, read_texts, testing
-from engine_recipes_precisions import rows
-from engine_recipes_precisions.rows import Rows, batches, fill, pieces, read_rows
+from engine_recipes import RequestError, Tokenizer, calibration, events, read_texts, testing
+from engine_recipes.calibration import Rows, _fill, _pieces, read_rows
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it does so again. " * 40
 
@@ -42,7 +41,7 @@ def test_a_long_text_becomes_windows(folder: Path) -> None:
 
 
 def test_short_texts_share_rows_and_nothing_is_padded() -> None:
-    ids, positions = fill([[1, 2, 3], [4, 5], [6, 7, 8, 9], [10, 11], [12]], seq_len=4, rows=9)
+    ids, positions = _fill([[1, 2, 3], [4, 5], [6, 7, 8, 9], [10, 11], [12]], seq_len=4, rows=9)
     windows, rest = ids[:12].reshape(3, 4), ids[12:]
     assert [spans(*row) for row in zip(windows, positions[:12].reshape(3, 4), strict=True)] == [
         [[1, 2, 3], [4]],  # the second text goes on in the next row, as a text of its own
@@ -56,7 +55,7 @@ def test_short_texts_share_rows_and_nothing_is_padded() -> None:
 def test_no_token_is_lost_or_invented(seed: int) -> None:
     random = np.random.RandomState(seed)
     texts = [list(random.randint(0, 99, random.randint(1, 9))) for _ in range(30)]
-    ids, positions = fill(texts, seq_len=8, rows=1000)
+    ids, positions = _fill(texts, seq_len=8, rows=1000)
     assert Counter(ids.tolist()) == Counter(token for text in texts for token in text)
     whole = len(ids) // 8 * 8
     for start in [*range(0, whole, 8), whole]:
@@ -78,7 +77,7 @@ def test_too_little_text_is_used_up_and_said(folder: Path) -> None:
 def test_less_than_a_row(folder: Path) -> None:
     found = read_rows(["abc"], folder, size=1, seq_len=6, seed=0)
     assert (found.ids.shape, found.rest_positions.tolist()) == ((0, 6), [0, 1, 2])
-    (batch,) = batches(found, 4)
+    (batch,) = found.batches(4)
     assert (batch.ids.shape, batch.positions) == ((1, 3), None)
 
 
@@ -107,7 +106,7 @@ def test_a_large_file_is_not_read_to_its_end(folder: Path) -> None:
             yield "a text of thirty-two characters."
 
     read_rows(texts(), folder, size=3, seq_len=32, seed=0)
-    assert read == rows.POOL * 3
+    assert read == calibration._POOL * 3
 
 
 def test_of_one_enormous_line_only_the_start_is_tokenised(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,13 +122,13 @@ def test_of_one_enormous_line_only_the_start_is_tokenised(folder: Path, monkeypa
     monkeypatch.setattr(Tokenizer, "encode", count)
     found = read_rows(read_texts(str(folder / "line.txt")), folder, size=4, seq_len=64, seed=0)
     assert found.ids.shape == (4, 64)
-    assert tokenised < 2 * rows.PART
+    assert tokenised < 2 * calibration._PART
 
 
 @pytest.mark.parametrize("text", ["line\n" * 9, "word " * 9, "x" * 45, "one long line " * 3 + "\nx"])
 def test_long_texts_are_tokenised_in_parts(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setattr(rows, "PART", 16)
-    found = list(rows._parts(text))
+    monkeypatch.setattr(calibration, "_PART", 16)
+    found = list(calibration._parts(text))
     parts = [part for _, part in found]
     assert "".join(parts) == text
     assert [start for start, _ in found] == [sum(map(len, parts[:i])) for i in range(len(parts))]
@@ -144,14 +143,14 @@ def test_special_tokens_only_at_a_text_s_start(monkeypatch: pytest.MonkeyPatch) 
         def encode(self, text: str, special: bool = True) -> list[int]:
             return [1] * special + [1 if text == "<s>" else ord(letter) for letter in text.replace("<s>", "s")]
 
-    monkeypatch.setattr(rows, "PART", 4)
-    found = list(pieces(["abcdefgh", "ij"], WithStart(), seq_len=3))  # type: ignore[arg-type]
+    monkeypatch.setattr(calibration, "_PART", 4)
+    found = list(_pieces(["abcdefgh", "ij"], WithStart(), seq_len=3))  # type: ignore[arg-type]
     assert [len(piece) for piece in found] == [3, 2, 3, 1, 3]
     assert [piece[0] == 1 for piece in found] == [True, False, False, False, True]
 
 
 def test_batches() -> None:
     positions = np.array([[0, 1, 2, 3], [0, 1, 0, 1], [0, 1, 2, 3], [0, 1, 2, 3], [0, 0, 0, 1]])
-    found = batches(Rows(np.arange(20).reshape(5, 4), positions, np.array([7, 8]), np.array([0, 0])), 2)
+    found = Rows(np.arange(20).reshape(5, 4), positions, np.array([7, 8]), np.array([0, 0])).batches(2)
     assert [batch.ids[:, 0].tolist() for batch in found] == [[0, 8], [12], [4, 16], [7]]
     assert [batch.positions is None for batch in found] == [True, True, False, False]

@@ -1,4 +1,4 @@
-"""Calibration text as rows of tokens: all of one length, never padded, no text seeing another.
+"""What calibrations share: text as rows of tokens, all of one length, never padded, no text seeing another.
 
 A text is cut into windows of `seq_len` tokens. What is left of it, and texts that are shorter, fill rows one after
 another: a text that does not fit into the rest of a row goes on in the next one, as a text of its own. In such a row
@@ -13,19 +13,58 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine_recipes import RequestError, Tokenizer, events
+from . import events
+from .decoder import Decoder
+from .errors import RequestError
+from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
 
     Integers = np.ndarray[Any, np.dtype[np.int64]]
 
+#: Roles of the linear layers of a decoder layer that read the same input, see `Decoder.names`.
+SAME_INPUT = (("q", "k", "v"), ("dense",), ("gate", "up"), ("down",))
+
 #: Texts are read in order until there are so many times the rows that are asked for: enough to choose from, and a
 #: file of gigabytes is not tokenised to its end.
-POOL = 2
+_POOL = 2
 #: Long texts are tokenised in parts of at most so many characters, cut after a line, or a word: a book is not
 #: tokenised to its end for a few rows.
-PART = 1 << 16
+_PART = 1 << 16
+
+
+def check_length(decoder: Decoder, seq_len: int) -> None:
+    """Refuse rows that are longer than the model's positions: for `check_decoder`, before anything runs.
+
+    Args:
+        seq_len: the calibration's option of that name.
+
+    Raises:
+        RequestError: they are.
+    """
+    if seq_len > decoder.max_positions:
+        raise RequestError(
+            f"calib.seq_len = {seq_len} and the model has {decoder.max_positions} positions",
+            f"--set calib.seq_len={decoder.max_positions} at most",
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that go through the model together.
+
+    Attributes:
+        ids: int64 [rows, length].
+        positions: int64 [rows, length]; None if each row is one text, which needs no mask but the causal one.
+    """
+
+    ids: Integers
+    positions: Integers | None
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Some of its rows."""
+        return Batch(self.ids[start:stop], None if self.positions is None else self.positions[start:stop])
 
 
 @dataclass(frozen=True)
@@ -53,29 +92,28 @@ class Rows:
         """How many rows, the shorter one included."""
         return len(self.ids) + bool(self.rest_ids.size)
 
+    def batches(self, size: int) -> list[Batch]:
+        """Batches of at most `size` rows: first the rows of one text, then those of several, then the shorter one."""
+        import numpy as np
 
-@dataclass(frozen=True)
-class Batch:
-    """Rows that go through the model together.
-
-    Attributes:
-        ids: int64 [rows, length].
-        positions: int64 [rows, length]; None if each row is one text, which needs no mask but the causal one.
-    """
-
-    ids: Integers
-    positions: Integers | None
-
-    def part(self, start: int, stop: int) -> Batch:
-        """Some of its rows."""
-        return Batch(self.ids[start:stop], None if self.positions is None else self.positions[start:stop])
+        several = (self.positions == 0).sum(axis=1) > 1
+        found = []
+        for packed in (False, True):
+            ids, positions = self.ids[several == packed], self.positions[several == packed]
+            for start in range(0, len(ids), size):
+                part = slice(start, start + size)
+                found.append(Batch(ids[part], positions[part] if packed else None))
+        if self.rest_ids.size:
+            one_text = np.count_nonzero(self.rest_positions == 0) == 1
+            found.append(Batch(self.rest_ids[None], None if one_text else self.rest_positions[None]))
+        return found
 
 
 def read_rows(texts: Iterable[str], folder: Path, size: int, seq_len: int, seed: int) -> Rows:
     """Tokenise texts with a model's tokenizer and choose `size` rows of `seq_len` tokens.
 
-    The same texts, tokenizer and numbers give the same rows: texts are read in order until there are POOL times
-    `size` rows, which `seed` shuffles. With fewer than `size` rows all are taken, and a warning says so.
+    The same texts, tokenizer and numbers give the same rows: texts are read in order until there are twice
+    as many as `size`, which `seed` shuffles. With fewer than `size` rows all are taken, and a warning says so.
 
     Args:
         texts: read only as far as needed.
@@ -86,7 +124,7 @@ def read_rows(texts: Iterable[str], folder: Path, size: int, seq_len: int, seed:
     """
     import numpy as np
 
-    ids, positions = fill(pieces(texts, Tokenizer.load(folder), seq_len), seq_len, POOL * size)
+    ids, positions = _fill(_pieces(texts, Tokenizer.load(folder), seq_len), seq_len, _POOL * size)
     if not ids.size:
         raise RequestError(
             "the calibration text has no tokens: it is empty, or only spaces and special tokens",
@@ -105,7 +143,7 @@ def read_rows(texts: Iterable[str], folder: Path, size: int, seq_len: int, seed:
     return chosen
 
 
-def pieces(texts: Iterable[str], tokenizer: Tokenizer, seq_len: int) -> Iterator[list[int]]:
+def _pieces(texts: Iterable[str], tokenizer: Tokenizer, seq_len: int) -> Iterator[list[int]]:
     """Token ids of each text, in lists of at most `seq_len`. A text starts with the tokenizer's special tokens.
 
     Texts of nothing but white space and special tokens give nothing.
@@ -123,7 +161,7 @@ def _parts(text: str) -> Iterator[tuple[int, str]]:
     """The parts of a text with their places in it."""
     start = 0
     while start < len(text):
-        stop = start + PART
+        stop = start + _PART
         if stop < len(text):
             ends = (text.rfind(mark, start, stop) + 1 for mark in "\n ")
             stop = next((end for end in ends if end > start), stop)
@@ -131,7 +169,7 @@ def _parts(text: str) -> Iterator[tuple[int, str]]:
         start = stop
 
 
-def fill(pieces: Iterable[list[int]], seq_len: int, rows: int) -> tuple[Integers, Integers]:
+def _fill(pieces: Iterable[list[int]], seq_len: int, rows: int) -> tuple[Integers, Integers]:
     """Lay pieces into rows of `seq_len`.
 
     A whole window is a row of its own; shorter pieces share rows, in order, and the one that reaches over a row's
@@ -165,20 +203,3 @@ def fill(pieces: Iterable[list[int]], seq_len: int, rows: int) -> tuple[Integers
     return np.concatenate([row for row, _ in full] + [last[0]]), np.concatenate(
         [place for _, place in full] + [last[1]]
     )
-
-
-def batches(rows: Rows, size: int) -> list[Batch]:
-    """Batches of at most `size` rows: first the rows of one text, then those of several, then the shorter one."""
-    import numpy as np
-
-    several = (rows.positions == 0).sum(axis=1) > 1
-    found = []
-    for packed in (False, True):
-        ids, positions = rows.ids[several == packed], rows.positions[several == packed]
-        for start in range(0, len(ids), size):
-            part = slice(start, start + size)
-            found.append(Batch(ids[part], positions[part] if packed else None))
-    if rows.rest_ids.size:
-        one_text = np.count_nonzero(rows.rest_positions == 0) == 1
-        found.append(Batch(rows.rest_ids[None], None if one_text else rows.rest_positions[None]))
-    return found
