@@ -152,7 +152,13 @@ def _judged(made: Made) -> Report:
     ]
     first, last = (Artifact(kind, made.path(kind), kind) for kind in ("engine", "baseline"))
     context = _context(made, "validate", made.folder, first, *made.artifacts, last)
-    claims = {"algorithm": precision.algorithm, "bits": precision.bits, "gives": precision.gives, "not_compared": ""}
+    claims = {
+        "algorithm": precision.algorithm,
+        "bits": precision.bits,
+        "gives": precision.gives,
+        "not_compared": "",
+        "unwitnessed": "",
+    }
     claims |= {"cannot_run": "", "engine_options": {}}
     findings = measuring.measure(Host(providers), providers, context, claims)
     options = limits.options(registry, precision, parameters=1_000_000)

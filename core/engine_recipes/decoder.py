@@ -1,6 +1,6 @@
 """What a decoder-only language model *is*, as data: heads, rope, norms, biases, tying.
 
-A family builds it from a Hugging Face config; converters and engines read it. Knows no family and no engine.
+A family builds it from a Hugging Face config (`from_hf`); converters and engines read it. Knows no family, no engine.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from typing import Any
 
 from .errors import RequestError
 
+#: What JSON holds: objects, lists, text, numbers, true, false, null.
 Json = Any
 
 #: How the Hugging Face layout that most decoders share names its tensors, by role. `{}` is the layer.
-#: A family that differs passes its own entries to `from_hf(names=…)`.
+#: A family that differs passes its own entries to `from_hf(names=…)`. Of q, k, v, and of gate, up, those that have one
+#: name are one tensor, their rows one after another in this order (Phi-3's `qkv_proj`, `gate_up_proj`).
 HF_NAMES: Mapping[str, str] = {
     "embedding": "model.embed_tokens.weight",
     "input_norm": "model.layers.{}.input_layernorm.weight",
@@ -35,8 +37,8 @@ HF_NAMES: Mapping[str, str] = {
     "lm_head": "lm_head.weight",
 }
 
-#: Rope scalings that TensorRT-LLM accepts; `default` is not one of them and is written as null.
-ROPE_SCALINGS = ("linear", "dynamic", "longrope", "llama3", "yarn", "mrope")
+#: Roles that may be one tensor.
+_FUSED = (("q", "k", "v"), ("gate", "up"))
 
 #: Of the fields that hold one value, by annotation.
 _TYPES: Mapping[Any, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
@@ -123,130 +125,13 @@ class Decoder:
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def from_hf(config: Mapping[str, Json], /, **differences: Any) -> Decoder:
-    """Describe a Hugging Face decoder. A family passes only the fields in which it differs.
-
-    Args:
-        config: the parsed `config.json`, in the layout of transformers 4 (`rope_theta`, `rope_scaling`) or 5
-            (`rope_parameters`).
-        differences: fields of Decoder that this config does not say in the common way; `names` is merged
-            over HF_NAMES.
+def check(decoder: Decoder) -> None:
+    """Refuse what is no decoder: a family's module may pass anything, and it would fail far from there.
 
     Raises:
-        RequestError: a key is missing, of the wrong type, or the numbers contradict each other.
+        RequestError: a value has the wrong type, or the numbers contradict each other.
     """
-    _refuse(config)
-    heads = _integer(config, "num_attention_heads")
-    hidden = _integer(config, "hidden_size")
-    head_size = _integer(config, "head_dim", hidden // heads)
-    theta, scaling = rope_settings(config)
-    described: dict[str, Any] = {
-        "architecture": architecture_of(config),
-        "vocab_size": _integer(config, "vocab_size"),
-        "hidden_size": hidden,
-        "intermediate_size": _integer(config, "intermediate_size"),
-        "layers": _integer(config, "num_hidden_layers"),
-        "heads": heads,
-        "kv_heads": _integer(config, "num_key_value_heads", heads),
-        "head_size": head_size,
-        "max_positions": _integer(config, "max_position_embeddings"),
-        "activation": config.get("hidden_act", "silu"),
-        "norm_epsilon": _number(config, "rms_norm_eps"),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "qkv_bias": bool(config.get("attention_bias", False)),
-        "dense_bias": bool(config.get("attention_bias", False)),
-        "mlp_bias": bool(config.get("mlp_bias", False)),
-        "tied": bool(config.get("tie_word_embeddings", False)),
-        "dtype": str(config.get("dtype") or config.get("torch_dtype") or "float32"),
-        "rotary_size": _rotary_size(config, head_size),
-    }
-    described.update(differences)
-    described["names"] = {**HF_NAMES, **differences.get("names", {})}
-    decoder = Decoder(**described)
-    _check_types(decoder)
-    _check(decoder)
-    return decoder
-
-
-def architecture_of(config: Mapping[str, Json]) -> str:
-    """The one class name in `architectures`. Raises RequestError if there is none or more than one."""
-    names = config.get("architectures")
-    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-        raise RequestError(
-            f"config.json says architectures = {shortened(names)}",
-            "one class name is needed, as save_pretrained writes it",
-        )
-    return names[0]
-
-
-def rope_settings(config: Mapping[str, Json]) -> tuple[float, dict[str, Json] | None]:
-    """Rope base and scaling from either layout: transformers 4 and 5 keep them in different places.
-
-    Never falls back to 10000: a base that is silently wrong costs 10 % perplexity on short text and ruins
-    generation (see docs/reference/checkpoint-format.md).
-    """
-    key = "rope_scaling" if config.get("rope_parameters") is None else "rope_parameters"
-    if not isinstance(config.get(key) or {}, Mapping):
-        raise RequestError(f"config.json: {key} is {shortened(config[key])}", "it is an object, or null")
-    scaling = dict(config.get(key) or {})
-    scaling.pop("partial_rotary_factor", None)  # it is `rotary_size`
-    theta = scaling.pop("rope_theta", None)
-    theta = config.get("rope_theta") if theta is None else theta
-    if not isinstance(theta, (int, float)) or isinstance(theta, bool) or not 1 < theta < 1e300:
-        raise RequestError(
-            f"config.json gives no rope base (rope_theta is {shortened(theta)})",
-            "add rope_theta, or rope_parameters.rope_theta, as in the original model's config.json",
-        )
-    kind = scaling.pop("type", None)
-    kind = scaling.get("rope_type", kind)
-    if kind in (None, "default"):
-        return float(theta), None
-    if kind not in ROPE_SCALINGS:
-        raise RequestError(
-            f"unknown rope scaling {shortened(kind)} in config.json", f"known: {', '.join(ROPE_SCALINGS)}"
-        )
-    return float(theta), {**scaling, "rope_type": kind}
-
-
-def _refuse(config: Mapping[str, Json]) -> None:
-    """Refuse what this description has no field for, rather than describe another model."""
-    quantized = config.get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-        raise RequestError(
-            f"the source is already quantized (quantization_config, {method or 'unknown method'})",
-            "start from the unquantised original: quantizing twice loses quality, and its scales mean another thing",
-        )
-    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if config.get(key):
-            raise RequestError(
-                f"config.json says {key} = {shortened(config[key])}: a mixture of experts",
-                "only dense decoders are supported",
-            )
-
-
-def _rotary_size(config: Mapping[str, Json], head_size: int) -> int:
-    """Elements of each head that `partial_rotary_factor` leaves to rope, as transformers counts them; 0 for all."""
-    parameters = config.get("rope_parameters")  # transformers 5 keeps it there
-    partial = (parameters if isinstance(parameters, Mapping) else {}).get("partial_rotary_factor")
-    partial = config.get("partial_rotary_factor") if partial is None else partial
-    if partial is None:
-        return 0
-    said = f"config.json says partial_rotary_factor = {shortened(partial)}"
-    if not isinstance(partial, (int, float)) or isinstance(partial, bool) or not 0 < partial <= 1:
-        raise RequestError(said, "it is a share of each head, above 0 and at most 1")
-    size = int(head_size * partial)
-    if size < 2 or size % 2:
-        raise RequestError(
-            f"{said}: {size} of each head's {head_size} elements",
-            "rope turns pairs: an even number of at least 2 is needed",
-        )
-    return size if size < head_size else 0
-
-
-def _check_types(decoder: Decoder) -> None:
-    """A family's module may pass anything; what is no number would fail far from there."""
+    _check_names(decoder.names)
     for one in fields(decoder):
         value = getattr(decoder, one.name)
         kinds = _TYPES.get(one.type)
@@ -255,9 +140,6 @@ def _check_types(decoder: Decoder) -> None:
                 f"the decoder's {one.name} is {shortened(value)}",
                 f"{one.type} is needed: config.json is wrong, or what this family makes of it",
             )
-
-
-def _check(decoder: Decoder) -> None:
     d = decoder
     if d.heads % d.kv_heads:
         raise RequestError(
@@ -282,16 +164,28 @@ def _check(decoder: Decoder) -> None:
         )
 
 
-def _integer(config: Mapping[str, Json], key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise RequestError(f"config.json: {key} is {shortened(value)}", "a whole number above 0 is needed")
-    return value
-
-
-def _number(config: Mapping[str, Json], key: str) -> float:
-    value = config.get(key)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
-        raise RequestError(f"config.json: {key} is {shortened(value)}", "a number between 0 and 1 is needed")
-    return float(value)
+def _check_names(names: Mapping[str, Any]) -> None:
+    """That each role names one tensor of each layer, or of the model, and no two name the same but fused ones."""
+    for role, name in names.items():
+        usual = HF_NAMES.get(role)
+        if usual is None:
+            raise RequestError(
+                f"names of tensors: there is no role {shortened(role)}", f"roles are {', '.join(HF_NAMES)}"
+            )
+        layers = usual.count("{}")
+        if not isinstance(name, str) or not name or (name.count("{}"), name.count("{")) != (layers, layers):
+            raise RequestError(
+                f"names of tensors: {role} is {shortened(name)}",
+                f"one name is needed, {'with {} for the layer' if layers else 'of no layer'}, as {usual}",
+            )
+        if not usual.endswith(".weight") and name.endswith(".weight"):
+            raise RequestError(
+                f"names of tensors: {role} is {name}", "a linear layer is named without .weight: it may have a .bias"
+            )
+    for name in set(names.values()):
+        roles = [role for role in names if names[role] == name]
+        if len(roles) > 1 and not any(set(roles) <= set(fused) for fused in _FUSED):
+            raise RequestError(
+                f"names of tensors: {' and '.join(roles)} are both {name}",
+                "one tensor may hold q, k and v, or gate and up, and nothing else",
+            )

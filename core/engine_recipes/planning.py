@@ -38,10 +38,16 @@ class Plan:
     """A complete reference and the stages that make its engine.
 
     Attributes:
+        ref: the complete reference.
+        model, family, calibration, precision, engine: their entries of the registry; None: no calibration.
+        target: what the engine is for: `cpu`, `sm89`, `sm86+sm89`.
+        located: where the model's checkpoint lies; None: not on this machine.
+        stages: what runs, in order, with its options and keys.
         parameters: of the model; 0 if nobody knows yet.
         chosen: what the request left open and was chosen, in words.
         bounds: where each metric warns and fails.
         not_compared: why validation compares the engine with nothing; empty if it does.
+        unwitnessed: why it would not notice that the family describes the model wrongly; empty if it would.
         cannot_run: why this machine cannot run the engine; empty if it can.
         facts: this machine.
         lacking: by stage, why it cannot run: the engine does not compute what the precision stores, or this machine
@@ -62,6 +68,7 @@ class Plan:
     chosen: tuple[str, ...]
     bounds: Mapping[str, Bound]
     not_compared: str
+    unwitnessed: str
     cannot_run: str
     facts: Facts
     lacking: Mapping[StageName, RecipesError]
@@ -177,6 +184,7 @@ def make(
         chosen=tuple(chosen),
         bounds=limits.bounds(registry, stages[-1].options),
         not_compared=builder.not_compared,
+        unwitnessed=builder.unwitnessed,
         cannot_run=builder.cannot_run or _too_few(of.engine, ranks(values), where, facts),
         facts=facts,
         lacking=_lacking(of, where, facts, options),

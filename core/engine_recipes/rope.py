@@ -12,7 +12,10 @@ from .errors import RequestError
 if TYPE_CHECKING:
     import numpy as np
 
+    #: A numpy array of any shape and dtype.
     Array = np.ndarray[Any, np.dtype[Any]]
+else:  # numpy is not loaded for names of types
+    Array = Any
 
 
 def tables(decoder: Decoder, positions: int) -> tuple[Array, Array]:

@@ -5,12 +5,13 @@ A key is the hash of all that determines a stage's result: provider and version,
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import __version__, portability
+from . import __version__, portability, witness
 from .availability import requirements
 from .combinations import is_version
 from .entries import Calibration, Engine, Family, Model, Option, Precision, Reference, StageEntry
@@ -104,6 +105,7 @@ class Builder:
     Attributes:
         blocked: data or a package that some stage needs and this machine has not.
         not_compared: why nothing runs the source; empty if something does.
+        unwitnessed: why what runs the source could not notice that the family describes it wrongly; empty if it could.
         cannot_run: why this machine cannot run the engine; empty if it can.
     """
 
@@ -116,7 +118,7 @@ class Builder:
         self.limits = limits.options(entries.registry, entries.precision, entries.parameters)
         self.version = ""
         self.cannot_run = portability.runs_here({"target": target}, facts)
-        self.not_compared = ""
+        self.not_compared = self.unwitnessed = ""
 
     def all(self) -> tuple[Stage, ...]:
         """Every stage, in order."""
@@ -240,7 +242,7 @@ class Builder:
         found = {}
         for name, setting in settings.items():
             if self.option(stage, name).kind == "folders" and setting.value:
-                paths = [Path(word.strip()).expanduser() for word in str(setting.value).split(",")]
+                paths = [Path(os.path.expanduser(word.strip())) for word in str(setting.value).split(",")]
                 for path in paths:
                     if not path.is_dir():
                         raise RequestError(f"{setting.key}: there is no folder {path}", "check the path")
@@ -264,12 +266,14 @@ class Builder:
 
     def judging(self, before: Sequence[Stage]) -> list[Stage]:
         """The baseline, if something can run the source, and the validation."""
-        owner = str(self.entries.registry.owners[0])
-        settings = self.settled(PREFIXES["validate"], self.entries.registry.gate.options, owner)
+        of = self.entries
+        owner = str(of.registry.owners[0])
+        settings = self.settled(PREFIXES["validate"], of.registry.gate.options, owner)
         settings |= self.settled(PREFIXES["validate"], self.limits, owner)
         reference, self.not_compared = self.choose(str(settings["reference"].value if settings else "none"))
         stages = []
         if reference:
+            self.unwitnessed = witness.doubt(reference, of.family)
             reads = {name: settings[name] for name in READS}
             stages.append(self.stage("baseline", reference, reads, [before[-1]]))
         return [*stages, self.validate(settings, [stage.key for stage in (*before, *stages)])]
@@ -291,9 +295,10 @@ class Builder:
             return reference, ""
         names = of.family.references or of.registry.defaults.references
         entries = [of.registry.references.entries[n] for n in names if n in of.registry.references.entries]
-        able = [entry for entry in entries if not self.facts.missing(entry.requires)]
-        if able:
-            return able[0], ""
+        able = (entry for entry in entries if not self.facts.missing(entry.requires))
+        chosen = next((entry for entry in able if witness.loads(entry, of.located)), None)
+        if chosen:
+            return chosen, ""
         hints = [entry.install for entry in entries if entry.install]
         return None, "nothing here can run the source" + (f" ({hints[0]})" if hints else "")
 
@@ -309,6 +314,8 @@ class Builder:
             preimage |= {"judges": [vars(judge) for judge in judges], "data": data}
             preimage["claims"] = {"algorithm": of.precision.algorithm, "bits": of.precision.bits}
             preimage["not compared"] = self.not_compared
+            if self.unwitnessed:
+                preimage["unwitnessed"] = self.unwitnessed
             if self.cannot_run:
                 preimage["simulated"] = True
         return Stage("validate", who, settings, "", preimage, None)

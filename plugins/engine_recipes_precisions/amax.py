@@ -77,9 +77,11 @@ class Maxima:
             mtq.quantize(model, config)
         for layer in model.get_submodule(self.names["q"].partition(".{}")[0]):
             for first, *others in SAME_INPUT:  # one of each is looked at, which halves what measuring costs
-                _measure_in_one_pass(self.module(layer, first).input_quantizer)
-                for role in others:
-                    self.module(layer, role).input_quantizer.disable()
+                measured = self.module(layer, first)
+                for module in (self.module(layer, role) for role in others):
+                    if module is not measured:
+                        module.input_quantizer.disable()
+                _measure_in_one_pass(measured.input_quantizer)
             for role in ("k", "v"):
                 _measure_in_one_pass(self._cache_quantizer(layer, role))
 
@@ -116,8 +118,9 @@ class Maxima:
             amax = self.module(layer, roles[0]).input_quantizer.amax
             found.update({f"{self.names[role].format(index)}.input_amax": amax for role in roles})
         for role in ("k", "v"):
-            quantizer = self._cache_quantizer(layer, role)
-            found[f"{self.names[role].format(index)}.cache_amax"] = getattr(quantizer, "amax", None)
+            name = f"{self.names[role].format(index)}.cache_amax"  # of both, if they are one tensor
+            before, amax = found.get(name), getattr(self._cache_quantizer(layer, role), "amax", None)
+            found[name] = amax if before is None or amax is None else torch.maximum(before, amax)
         missing = [name for name, value in found.items() if value is None]
         if missing:
             raise StageFailed(

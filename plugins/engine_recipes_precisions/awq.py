@@ -76,7 +76,7 @@ class Awq(Maxima):
         for group, total in zip(INPUTS, sums, strict=True):
             gram, mean = total.gram(), total.absolute / total.tokens
             for roles in group:
-                weights = [self.module(layer, role).weight for role in roles]
+                weights = [module.weight for module in dict.fromkeys(self.module(layer, role) for role in roles)]
                 weight = weights[0] if len(weights) == 1 else torch.cat(weights)
                 scale = awq_search.search(weight, gram, mean, self.group_size)
                 scales.update({f"{self.names[role].format(index)}.pre_quant_scale": scale for role in roles})

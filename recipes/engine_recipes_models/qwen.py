@@ -52,11 +52,6 @@ def resolve_checkpoint(config: Mapping[str, Any]) -> Decoder:
 
 
 def _refuse(config: Mapping[str, Any]) -> None:
-    if config.get("use_sliding_window"):
-        raise RequestError(
-            f"use_sliding_window is on ({config.get('sliding_window')} tokens)",
-            "TensorRT-LLM's checkpoint has no place for it; set it to false if shorter inputs are all you need",
-        )
     if config.get("mlp_bias"):
         raise RequestError("mlp_bias is on", "Qwen models have no biases in the MLP; is this another family?")
     qwen3 = config.get("architectures") == ["Qwen3ForCausalLM"]

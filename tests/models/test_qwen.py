@@ -27,7 +27,7 @@ def test_qwen3_has_norms_and_its_own_head_size() -> None:
 @pytest.mark.parametrize(
     ("arch", "changes", "message"),
     [
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 128}, r"use_sliding_window is on \(128 tokens\)"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 128}, "sliding_window = 128"),
         ("qwen2", {"mlp_bias": True}, "mlp_bias is on"),
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("qwen2", {"num_experts": 60}, "num_experts = 60: a mixture of experts"),

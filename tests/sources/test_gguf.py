@@ -14,8 +14,8 @@ import pytest
 from gguf import quants
 from tokenizers import Tokenizer
 
+from engine_recipes import from_hf
 from engine_recipes.checkpoint.safetensors import SafeFile
-from engine_recipes.decoder import from_hf
 from engine_recipes.errors import RequestError
 from engine_recipes.sources import gguf as converter, inspect, wheel
 from engine_recipes.sources.gguf import gguf_to_hf

@@ -13,8 +13,9 @@ from dataclasses import replace
 from reprlib import repr as shortened
 from typing import Any
 
-from ..decoder import Decoder, from_hf
+from ..decoder import Decoder
 from ..errors import RequestError
+from ..hf_config import from_hf
 
 Json = Any
 
@@ -220,7 +221,7 @@ def decoder_from_config(config: Mapping[str, Json], tensors: Collection[str] | N
     _check_plain(config)
     tied = bool(config.get("tie_word_embeddings")) or config.get("share_embedding_table") is True
     described = {**hugging_face, "architectures": [config["architecture"]], "tie_word_embeddings": tied}
-    decoder = from_hf(described, **_biases_and_norms(config, tensors))
+    decoder = from_hf(described, handled=(), **_biases_and_norms(config, tensors))
     return replace(
         decoder, embedding_scale=_embedding_scale(config), rotary_size=_rotary_size(config, decoder.head_size)
     )

@@ -22,17 +22,18 @@ from .cast import FLOATS, Finding, caster, examine
 from .config import config_json
 from .formats import LINEARS, Scheme
 from .layout import Piece, TensorSpec, layout
+from .safetensors import Array
 from .source import SourceCheckpoint, not_finite
 from .streaming import Job, Progress, write_rank
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from .safetensors import Array
-
-    Edit = Callable[[str, Array], Array]
-
+#: Changes a source tensor on its way: its name and its rows, as they come -> rows of the same shape.
+Edit = Callable[[str, Array], Array]
+#: What a checkpoint stores that is not quantised.
 Dtype = Literal["float16", "bfloat16", "float32"]
+#: Weights in 8 or 4 bits, activations in 16; TensorRT-LLM's names.
 WeightOnly = Literal["W8A16", "W4A16"]
 
 #: Most source bytes of a block (a single row may be longer). Measured: 1 to 16 MiB are within 20 %, 2 MiB is best.

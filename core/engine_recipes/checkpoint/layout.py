@@ -7,13 +7,14 @@ Format: TensorRT-LLM checkpoints as `convert_checkpoint.py` writes them, unquant
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from ..decoder import Decoder
 from ..errors import RequestError
 
+#: Rows or columns, from the first up to before the last.
 Range = tuple[int, int]
 
 
@@ -53,13 +54,15 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class _Source:
-    """A Hugging Face tensor that a rank takes a part of."""
+    """A Hugging Face tensor that a rank takes a part of, or what lies in it from row `first` on."""
 
     name: str
     shape: tuple[int, ...]
+    first: int = 0
 
     def rows(self, start: int, stop: int) -> Piece:
-        return Piece(self.name, (start, stop), (0, self.shape[1]) if len(self.shape) == 2 else None)
+        columns = (0, self.shape[1]) if len(self.shape) == 2 else None
+        return Piece(self.name, (self.first + start, self.first + stop), columns)
 
     def columns(self, start: int, stop: int) -> Piece:
         return Piece(self.name, (0, self.shape[0]), (start, stop))
@@ -97,7 +100,11 @@ def layout(
 def source_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every Hugging Face tensor that the decoder needs (a tied head needs none of its own)."""
     (rank,) = layout(decoder)
-    return {piece.name: piece.shape for spec in rank for piece in spec.pieces}
+    found: dict[str, tuple[int, ...]] = {}
+    for piece in (piece for spec in rank for piece in spec.pieces):
+        rows = max(piece.rows[1], *found.get(piece.name, (0,))[:1])  # of several layers in one tensor: the last ends it
+        found[piece.name] = (rows, *piece.shape[1:])
+    return found
 
 
 def stage_layers(layers: int, pp_size: int) -> list[range]:
@@ -188,10 +195,11 @@ def _layer(d: Decoder, prefix: str, layer: int, tp_size: int, rank: int) -> list
         for role in ("q", "k"):
             specs.append(norm(f"attention.{role}_layernorm.weight", f"{role}_norm", d.head_size))
     specs.append(norm("post_layernorm.weight", "post_norm", hidden))
+    sizes = {"gate": inner, "up": inner}
     for name, role in (("fc", "gate"), ("gate", "up")):  # their names: fc is what the activation is applied to
-        specs.append(spec(f"mlp.{name}.weight", source(role, inner, hidden, suffix=".weight").rows(*rows)))
+        specs.append(spec(f"mlp.{name}.weight", _stacked(d, layer, sizes, ".weight", hidden)[role].rows(*rows)))
         if d.mlp_bias:
-            specs.append(spec(f"mlp.{name}.bias", source(role, inner, suffix=".bias").rows(*rows)))
+            specs.append(spec(f"mlp.{name}.bias", _stacked(d, layer, sizes, ".bias")[role].rows(*rows)))
     specs.append(spec("mlp.proj.weight", source("down", hidden, inner, suffix=".weight").columns(*rows)))
     if d.mlp_bias:
         specs.append(spec("mlp.proj.bias", source("down", hidden, suffix=".bias").whole()))
@@ -207,13 +215,23 @@ def _qkv(d: Decoder, prefix: str, layer: int, tp_size: int, rank: int) -> list[T
         "k": (kv_start, kv_start + kv_each, d.kv_heads),
         "v": (kv_start, kv_start + kv_each, d.kv_heads),
     }
+    sizes = {role: count * d.head_size for role, (_, _, count) in heads.items()}
     specs = []
     for kind in ("weight", "bias") if d.qkv_bias else ("weight",):
-        pieces = []
-        for role, (start, stop, count) in heads.items():
-            rows = count * d.head_size
-            shape = (rows, d.hidden_size) if kind == "weight" else (rows,)
-            source = _Source(f"{d.names[role].format(layer)}.{kind}", shape)
-            pieces.append(source.rows(start * d.head_size, stop * d.head_size))
+        sources = _stacked(d, layer, sizes, f".{kind}", *((d.hidden_size,) if kind == "weight" else ()))
+        pieces = (
+            sources[role].rows(start * d.head_size, stop * d.head_size) for role, (start, stop, _) in heads.items()
+        )
         specs.append(TensorSpec(f"{prefix}attention.qkv.{kind}", tuple(pieces)))
     return specs
+
+
+def _stacked(d: Decoder, layer: int, sizes: Mapping[str, int], suffix: str, *columns: int) -> dict[str, _Source]:
+    """Layers that read the same input, by role: those of one name lie in one tensor, one after another."""
+    found: dict[str, _Source] = {}
+    ends: dict[str, int] = {}
+    for role, rows in sizes.items():
+        name = d.names[role].format(layer) + suffix
+        found[role] = _Source(name, (rows, *columns), ends.get(name, 0))
+        ends[name] = ends.get(name, 0) + rows
+    return found

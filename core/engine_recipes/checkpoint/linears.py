@@ -48,6 +48,7 @@ class Linear:
     dtype: np.dtype[Any]
 
 
+#: Gives the tensors of a quantised linear layer: the last part of the name, `weight` -> array.
 Quantise = Callable[[Linear], Mapping[str, "Array"]]
 
 
@@ -113,10 +114,10 @@ class _Writer:
         self.source, self.dtype, self.quantise = source, dtype, quantise
         self.workers, self.stats = _WORKERS, ConvertStats()
         (whole,) = layout(source.decoder)
-        self._whole: dict[str, list[Stored]] = {}  # first source tensor of a quantised weight -> its parts, unsplit
+        self._whole: dict[tuple[str, str], list[Stored]] = {}  # layer -> its parts, unsplit
         for tensor in stored(whole, scheme, dtype):
             if tensor.part != "plain":
-                self._whole.setdefault(tensor.base.pieces[0].name, []).append(tensor)
+                self._whole.setdefault(_layer_of(tensor), []).append(tensor)
 
     def jobs(self, tensors: Sequence[Stored]) -> Iterator[Iterable[Job]]:
         """The jobs of each tensor, in order."""
@@ -126,7 +127,7 @@ class _Writer:
                 found = blocks(self.source, [tensor.base], self.dtype)
                 yield [cast_job(self.source, block, self.dtype, self.stats) for block in found]
                 continue
-            layer = self._whole[tensor.base.pieces[0].name]
+            layer = self._whole[_layer_of(tensor)]
             if tensor.part == layer[0].part:
                 made = {}
                 yield [self._first(tensor, layer, made)]
@@ -171,13 +172,18 @@ class _Writer:
         """The whole weight, [out, in]; mapped if it is one tensor of the source."""
         import numpy as np
 
-        arrays = [self.source.array(piece.name) for piece in base.pieces]
+        arrays = [self.source.array(piece.name)[slice(*piece.rows)] for piece in base.pieces]
         for piece, array in zip(base.pieces, arrays, strict=True):
             if not np.isfinite(largest(array)):
                 raise not_finite(piece.name)
         weight: Array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
         weight.flags.writeable = False
         return weight
+
+
+def _layer_of(tensor: Stored) -> tuple[str, str]:
+    """Which quantised layer it is of, on whatever rank: its first source tensor, which fc and gate may share."""
+    return tensor.base.pieces[0].name, tensor.base.name.split(".")[-2]
 
 
 def _check(name: str, array: object, part: Stored) -> None:
@@ -197,7 +203,7 @@ def _cut(array: Array, whole: TensorSpec, part: TensorSpec) -> Array:
 
     starts, position = {}, 0
     for piece in whole.pieces:
-        starts[piece.name] = position
+        starts[piece.name] = position - piece.rows[0]  # others may lie before it in the same tensor
         position += piece.shape[0]
     pieces = []
     for piece in part.pieces:

@@ -32,7 +32,9 @@ from .streaming import Job
 if TYPE_CHECKING:
     from .safetensors import Array
 
+#: What `quantize` can make, as TensorRT-LLM names it.
 Algorithm = Literal["FP8", "W4A16_AWQ"]
+#: What keys and values are kept in; none: as the model computes, 16 bits.
 CacheDtype = Literal["none", "fp8", "int8"]
 E4M3_MAX = 448.0
 INT8_MAX = 127.0
@@ -307,7 +309,7 @@ def linear_groups(decoder: Decoder) -> Iterator[tuple[str, ...]]:
     """HF linear layers whose FP8 scales must agree: q, k, v are one matrix; gate and up read one quantised input."""
     for layer in range(decoder.layers):
         for roles in (("q", "k", "v"), ("dense",), ("gate", "up"), ("down",)):
-            yield tuple(decoder.names[role].format(layer) for role in roles)
+            yield tuple(dict.fromkeys(decoder.names[role].format(layer) for role in roles))
 
 
 def cache_scale(statistics: Statistics, linear: str, cache: str) -> float:

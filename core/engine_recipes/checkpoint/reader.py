@@ -243,7 +243,7 @@ def _join(joined: Array, whole: TensorSpec, array: Array, part: TensorSpec) -> N
     """Put the rows and columns that this rank holds where they belong."""
     starts, position = {}, 0
     for piece in whole.pieces:
-        starts[piece.name] = position
+        starts[piece.name] = position - piece.rows[0]  # others may lie before it in the same tensor
         position += piece.shape[0]
     position = 0
     for piece in part.pieces:

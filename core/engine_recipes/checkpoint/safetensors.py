@@ -21,7 +21,10 @@ from ..errors import RequestError
 if TYPE_CHECKING:
     import numpy as np
 
+    #: A numpy array of any shape and dtype; of bfloat16 and float8 with ml-dtypes.
     Array = np.ndarray[Any, np.dtype[Any]]
+else:  # numpy is not loaded for names of types
+    Array = Any
 
 #: safetensors name -> (numpy or ml_dtypes name, bytes an element)
 DTYPES: Mapping[str, tuple[str, int]] = {

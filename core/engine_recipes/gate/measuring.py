@@ -54,13 +54,15 @@ def measure(host: Host, providers: Sequence[Provider], context: StageContext, cl
     Args:
         providers: family, precision and engine.
         claims: `algorithm`, `bits` and `gives` of the precision; `not_compared`: why there is no baseline;
-            `cannot_run`: why this machine cannot run the engine, which is simulated then; `engine_options`: for
-            loading it.
+            `unwitnessed`: why the baseline would not show that the model is described wrongly; `cannot_run`: why this
+            machine cannot run the engine, which is simulated then; `engine_options`: for loading it.
 
     Raises:
         MachineError: this machine cannot run it, which is not the engine's fault.
     """
     findings, why, options = _artifact(context, claims), claims["cannot_run"], claims["engine_options"]
+    if claims["unwitnessed"]:
+        findings += Findings(checks=(Check("model is described rightly", "warn", note=claims["unwitnessed"]),))
     if why:
         findings += _not_run(why)
     try:

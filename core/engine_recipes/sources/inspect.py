@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..decoder import architecture_of
 from ..errors import RequestError, did_you_mean
+from ..hf_config import architecture_of
 from . import layout
 
 _LFS = b"version https://git-lfs"

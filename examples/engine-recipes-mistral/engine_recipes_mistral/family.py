@@ -10,18 +10,12 @@ from engine_recipes import Decoder, RequestError, checkpoint, from_hf, hookimpl
 
 @hookimpl
 def resolve_checkpoint(config: Mapping[str, Any]) -> Decoder:
-    """Describe a Mistral checkpoint; refuse a sliding window, which the checkpoint format does not carry.
+    """Describe a Mistral checkpoint. A sliding window, as version 0.1 has one, is refused by `from_hf`.
 
     Raises:
         RequestError: a window, an activation or a rope that engines would ignore.
     """
     decoder = from_hf(config, qkv_bias=False, dense_bias=False, config=checkpoint.LLAMA_CONFIG)
-    window = config.get("sliding_window")
-    if window and not (isinstance(window, int) and window >= decoder.max_positions):
-        raise RequestError(
-            f"this Mistral attends over a sliding window of {window} tokens, which engines would ignore",
-            "use a version without one (v0.2 or newer), or set max_position_embeddings to the window",
-        )
     if decoder.activation != "silu" or decoder.rotary_size:
         raise RequestError(
             f"this Mistral has the activation {decoder.activation}, and rope on {decoder.rotated} of each head's "

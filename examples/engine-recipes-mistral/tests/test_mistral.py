@@ -36,7 +36,7 @@ def test_a_tiny_mistral_builds_and_generates(model: Path) -> None:
 
 
 def test_a_sliding_window_is_refused() -> None:
-    with pytest.raises(RequestError, match="sliding window of 128"):
+    with pytest.raises(RequestError, match="sliding_window = 128"):
         resolve_checkpoint({**CONFIG, "sliding_window": 128})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from engine_recipes import Decoder, RequestError, from_hf, hookimpl
+from engine_recipes import Decoder, from_hf, hookimpl
 
 
 @hookimpl
@@ -21,17 +21,15 @@ def resolve_checkpoint(config: Mapping[str, Any]) -> Decoder:
         embedding_scale=hidden_size**0.5   rows of the embedding table are multiplied by it (Gemma)
         norm_offset=1.0                    norm weights are stored without their 1 (Gemma)
         rotary_size=32                     rope rotates only the first elements of each head
-        names={"dense": "model.layers.{}.attn.out"}   tensors by other names
+        names={"dense": "model.layers.{}.attn.out"}   tensors by other names; q, k and v (and gate and up) that have
+                                           one name are one tensor (Phi-3)
+        handled=("embedding_multiplier",)  keys that `from_hf` would refuse and that you have said here
         config={…}                         more keys for TensorRT-LLM's config.json
 
     The source must hold exactly the tensors that the result implies, so a wrong one is found at once.
 
     Raises:
-        RequestError: the model does what no field of Decoder says. An engine would leave it out without a word.
+        RequestError: the model does what no field of Decoder says, a sliding window for instance. An engine would
+            leave it out without a word; refuse yourself what `from_hf` does not know.
     """
-    if config.get("sliding_window"):
-        raise RequestError(
-            f"config.json says sliding_window = {config['sliding_window']}: engines would attend to everything",
-            "use a model without one",
-        )
     return from_hf(config)
