@@ -102,3 +102,15 @@ def test_a_finder_that_raises_hides_no_package(tmp_path: Path, monkeypatch: pyte
     install(monkeypatch, package(tmp_path / "bad", "acme-bad", "api = 1\n"))
     monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
     assert {"acme-good", "acme-bad"} <= {one.package for one in distributions.advertised()}
+
+
+def test_names_are_one_however_they_are_spelled_and_hold_nothing_that_a_terminal_obeys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, name in (("first", "acme.nvfp4"), ("second", "acme-nvfp4"), ("third", "evil\x1b[31m")):
+        install(monkeypatch, package(tmp_path / folder, "acme_other", ""))
+        (metadata,) = (tmp_path / folder).glob("*.dist-info/METADATA")
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+    names = {one.package for one in distributions.advertised()}
+    assert len(names & {"acme.nvfp4", "acme-nvfp4"}) == 1
+    assert "evil\\x1b[31m" in names

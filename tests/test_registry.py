@@ -1,18 +1,21 @@
 from __future__ import annotations
 
+import math
 import os
 import re
+import shutil
 import sys
+from datetime import date
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from conftest import ROOT, install, package
-from engine_recipes import Ref, RequestError
+from engine_recipes import Ref, RequestError, merging
 from engine_recipes.entries import Owner
 from engine_recipes.merging import merge
-from engine_recipes.registry import Fragment, load
+from engine_recipes.registry import Fragment, Registry, load
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -233,7 +236,13 @@ details = "package:broken_pack/engine.toml"
         (b"x = " + b"[" * 20000, "cannot be read"),
         (b"x = " + b"9" * 5000, "cannot be read"),
         (b"[families]\n[families]\n", "cannot be read"),
-        (None, "cannot be read: there is no such file"),
+        (None, "cannot be read: it is no file"),
+        (b"x = 0x" + b"f" * 5000, "cannot be read: x: a number of more than 64 bits"),
+        (b"[models.x]\nsettings." + b".".join([b"a"] * 3000) + b" = 1\n", "more than 20 tables in each other"),
+        (b"x = " + b"[" * 30 + b"]" * 30, "more than 20 tables in each other"),
+        (b"#" * 1_000_001, "it has more than 1000000 bytes"),
+        (b'[models.x]\nlicense = "\\u001b]0;x\\u0007"\n', r"models\.x\.license: holds a control character"),
+        (b'"\\u001b[31mx" = 1\n', r"cannot be read: \\x1b\[31mx: holds a control character"),
     ],
 )
 def test_a_fragment_that_is_nonsense_is_a_problem_of_its_package_alone(
@@ -377,10 +386,17 @@ def test_a_wrong_key_is_an_error_whoever_has_the_name() -> None:
         load()
 
 
-@pytest.mark.parametrize("key", ["defaults", "prefer", "gate"])
-def test_what_only_the_user_decides_is_an_unknown_key_in_a_package(key: str) -> None:
-    registry = merge([*ALONE_FRAGMENTS, fragment({key: {}})])
-    assert [problem.text.partition(";")[0] for problem in registry.problems] == [f"{key}: unknown"]
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("defaults", "counts only in your own or a project's registry.toml; use [models.NAME.settings]"),
+        ("prefer", "counts only in your own or a project's registry.toml"),
+        ("gate", "unknown"),
+    ],
+)
+def test_what_only_the_user_decides_does_not_count_in_a_package(key: str, said: str) -> None:
+    (problem,) = merge([*ALONE_FRAGMENTS, fragment({key: {}})]).problems
+    assert problem.text == f"{key}: {said}"
 
 
 def test_a_setting_that_no_option_has_is_a_problem_of_its_package() -> None:
@@ -411,3 +427,128 @@ def test_whatever_an_installed_package_registers_ours_works_as_before(table: dic
     assert all(together.expand(Ref(name)) == alone.expand(Ref(name)) for name in alone.aliases)
     for architecture in {a for family in alone.families.entries.values() for a in family.architectures}:
         assert repr(together.family_of(architecture)) == repr(alone.family_of(architecture))
+
+
+STAGE = {"module": "m"}
+ENGINE = {**STAGE, "takes": "trtllm-checkpoint", "gives": "e", "targets": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "entry", "said"),
+    [
+        ("precisions", {**STAGE, "requires": ["numpy=>1"]}, "requires: 'numpy=>1' is no requirement"),
+        ("precisions", {**STAGE, "requires": ["numpy>=1 |"]}, "requires: 'numpy>=1 |' is no requirement"),
+        ("precisions", {**STAGE, "requires": ["x @ https://y/z.whl"]}, "requires: 'x @ https://y/z.whl'"),
+        ("precisions", {**STAGE, "needs": {"compute": "8.9+"}}, "needs.compute: '8.9+' is no version range"),
+        ("engines", {**ENGINE, "target_requires": {"cpu": ["numpy>=x"]}}, "target_requires.cpu: 'numpy>=x'"),
+        ("engines", {**ENGINE, "binds": ["???"]}, "binds: '???' is no distribution's name"),
+        ("engines", {**ENGINE, "min_driver": "new"}, "min_driver: 'new' is no version"),
+        (
+            "engines",
+            {**ENGINE, "refuses": [{"when": {"compute": "!>=8,x"}, "why": "w", "instead": "i"}]},
+            "refuses[0].when.compute: '>=8,x' is no version range",
+        ),
+        ("precisions", {**STAGE, "options": {"x": {"default": 1, "versions": "1"}}}, "options.x.versions: '1'"),
+        ("precisions", {**STAGE, "options": {"x": [1, 2]}}, "options.x.default: must be a string or"),
+        ("precisions", {**STAGE, "options": {"x": date(2024, 1, 1)}}, "options.x.default: must be a string or"),
+        ("precisions", {**STAGE, "options": {"x": math.nan}}, "options.x.default: must be a finite number"),
+        ("precisions", {**STAGE, "options": {"x": {"default": 1, "min": 2, "max": 1}}}, "options.x.min: 2 is above"),
+        ("precisions", {**STAGE, "options": {"x": {"default": 1, "choices": ["a"]}}}, "options.x.choices: 'a' is of"),
+        ("precisions", {**STAGE, "options": {"tp_size": "x"}}, "options.tp_size: must be a whole number"),
+        ("precisions", {**STAGE, "options": {"gate.x": 1}}, 'options."gate.x": a name is'),
+        ("engines", {**ENGINE, "options": {"a=b": 1}}, 'options."a=b": a name is'),
+        ("precisions", {**STAGE, "limits": {"mean_kl": {"warn": math.nan}}}, "limits.mean_kl.warn: must be a finite"),
+        ("precisions", {**STAGE, "bits": 10**400}, "bits: must be a finite number"),
+        ("metrics", {"worse": "above", "help": "", "warn": 10**400}, "warn: must be a finite number"),
+        ("models", {"family": "llama", "source": []}, "source: names none"),
+        ("models", {"family": "llama", "source": "hf:../x"}, "source: 'hf:../x' is no source of a checkpoint"),
+        ("models", {"family": "llama", "source": ["hf:a/b", ""]}, "source: '' is no source of a checkpoint"),
+    ],
+)
+def test_what_later_steps_could_not_read_is_a_problem_of_its_package(
+    kind: str, entry: dict[str, object], said: str
+) -> None:
+    registry = merge([*ALONE_FRAGMENTS, fragment({kind: {"acme": entry}})])
+    (problem,) = {problem.text: problem for problem in registry.problems}.values()
+    assert str(problem.owner) == "acme 0.3"
+    assert problem.text.startswith(f"{kind}.acme.{said}")
+    with pytest.raises(RequestError, match="cannot be used"):
+        next(names for names in registry.kinds if names.kind == kind)["acme"]
+
+
+def test_extras_and_markers_are_requirements() -> None:
+    requires = ["numpy[x]>=1", "onnx>=1; python_version<'3.0'", "a.b~=1.2 | c-d==1.*,!=1.5", "e"]
+    registry = merge([*ALONE_FRAGMENTS, fragment({"precisions": {"p": {**STAGE, "requires": requires}}})])
+    assert registry.problems == ()
+    assert registry.precisions["p"].requires == tuple(requires)
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (
+            {"models": {"x": {"family": "lama", "source": "hf:a/b"}}},
+            "models.x.family: no family named 'lama'; did you mean llama?",
+        ),
+        ({"aliases": {"loop": "loop"}}, "aliases.loop: no model named 'loop'"),
+        ({"aliases": {"short": "smollm2-135n:fp16"}}, "aliases.short: no model named 'smollm2-135n'; did you mean"),
+        ({"aliases": {"odd": ":::"}}, "aliases.odd: '' in ':::' is no precision's name"),
+        (
+            {"precisions": {"p": {**STAGE, "limits": {"mean_kll": {"warn": 1}}}}},
+            "precisions.p.limits.mean_kll: no metric has that name; did you mean mean_kl?",
+        ),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_a_problem_of_its_package(table: dict[str, object], said: str) -> None:
+    (problem,) = merge([*ALONE_FRAGMENTS, fragment(table)]).problems
+    assert problem.text.startswith(said)
+    assert merge([*ALONE_FRAGMENTS, fragment(table, installed=False)]).problems == (), (
+        "a user may name what comes later"
+    )
+
+
+def test_a_name_that_is_unknown_may_be_one_that_was_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, package(tmp_path / "p", "acme-new", "api = 2\n"))
+    with pytest.raises(RequestError, match=r"`recipes plugins` shows what was left out$"):
+        load().models["m1"]
+
+
+def test_two_files_of_one_package_do_not_contest_a_name_as_two_packages_do() -> None:
+    both = [fragment({"models": {"m": {"family": "llama", "source": "hf:a/b"}}}) for _ in range(2)]
+    with pytest.raises(RequestError, match=r"'m' stands in 2 files of acme 0\.3\nuninstall that package"):
+        merge([*ALONE_FRAGMENTS, *both]).models["m"]
+
+
+def test_a_fragment_that_stops_the_merging_is_a_problem_of_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("acme-bad", "acme-good"):
+        fragment = f'[models.{name}]\nfamily = "llama"\nsource = "hf:a/b"\n'
+        install(monkeypatch, package(tmp_path / name, name, fragment))
+    whole = merging.merge
+
+    def merge(fragments: list[Fragment], *rest: object, **more: bool) -> Registry:
+        if any(f.owner.package == "acme-bad" for f in fragments):
+            raise RecursionError("too deep")
+        return whole(fragments, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(merging, "merge", merge)
+    registry = load()
+    (problem,) = registry.problems
+    assert problem.owner.package == "acme-bad"
+    assert problem.text.endswith("cannot be merged: RecursionError: too deep")
+    assert "acme-good" in registry.models.entries
+
+
+def test_a_packages_own_registry_is_no_projects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "checkout" / "core" / "engine_recipes"
+    copy.mkdir(parents=True)
+    for name in ("registry.toml", "hookspecs.py"):
+        shutil.copy(ROOT / "core" / "engine_recipes" / name, copy)
+    (tmp_path / "checkout" / "registry.toml").symlink_to("core/engine_recipes/registry.toml")
+    for place in (tmp_path / "checkout", copy):
+        monkeypatch.chdir(place)
+        assert [owner.package for owner in load().owners] == ["engine-recipes"]
+    (copy / "hookspecs.py").unlink()
+    with pytest.raises(RequestError, match="gate: unknown"):
+        load()

@@ -364,3 +364,19 @@ def test_a_kill_leaves_nothing_that_looks_like_a_package(tmp_path: Path) -> None
 def test_templates_are_packages_that_find_nothing_of_ours_installed() -> None:
     """A template that lies on the path would claim the name acme."""
     assert PathFinder.find_spec("engine_recipes_acme") is None  # not sys.modules, where other tests leave theirs
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "hint"),
+    [
+        ("Größe", None, "up to 40 lower-case letters"),
+        ("a--b", None, "did you mean a-b?"),
+        ("mine", "", "give the one of `architectures`"),
+    ],
+)
+def test_a_name_that_would_not_do_is_refused_with_one_that_would(
+    name: str, architecture: str | None, hint: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        scaffold.package("family", name, architecture, load())
+    assert caught.value.hint.startswith(hint)

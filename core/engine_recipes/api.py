@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import availability, facts as machine, refs, registry, sources
-from .decoder import Decoder, architecture_of
+from .decoder import Decoder
 from .entries import Model
 from .errors import MachineError, RequestError
 from .events import Event
 from .facts import Facts
+from .hf_config import architecture_of
 from .registry import Registry
 from .sources import Located
 from .store import Store, default_workspace, read_manifest
@@ -80,10 +81,10 @@ class Setup:
         if not (refs.is_folder(ref.model) or refs.is_hub_id(ref.model)):
             return self.registry.models[ref.model]
         folder = refs.is_folder(ref.model)
-        spec = f"file:{Path(ref.model).expanduser().absolute()}" if folder else f"hf:{ref.model}"
+        spec = f"file:{Path(os.path.expanduser(ref.model)).absolute()}" if folder else f"hf:{ref.model}"
         located = sources.locate([spec], self.store.workspace)
         if located is None and folder:
-            what = "is a file, not a folder" if Path(ref.model).expanduser().is_file() else "does not exist"
+            what = "is a file, not a folder" if Path(os.path.expanduser(ref.model)).is_file() else "does not exist"
             raise RequestError(f"{ref.model} {what}", "give a folder with config.json and *.safetensors")
         if located is None:
             here = f", or write ./{ref.model} for the folder here" if Path(ref.model).is_dir() else ""
@@ -246,7 +247,12 @@ def build(
 
 @dataclass(frozen=True)
 class Loaded:
-    """An engine ready to generate. `runtime` works on ids, `tokenizer` turns them into text and back."""
+    """An engine ready to generate. `runtime` works on ids, `tokenizer` turns them into text and back.
+
+    Attributes:
+        folder: of the engine.
+        manifest: what its `manifest.json` says: the reference, options, versions and inputs that it was built with.
+    """
 
     folder: Path
     runtime: Runtime

@@ -12,7 +12,9 @@ from .entries import Calibration, Engine, Model, Precision, StageEntry
 from .errors import MachineError, RequestError
 from .facts import Facts, within
 from .registry import Registry
+from .sources.spec import parse
 from .space import human_bytes
+from .structure import quote
 from .targets import compute_of, parts, target_of
 from .types import HF_CHECKPOINT, StageName, Value
 
@@ -160,13 +162,23 @@ def program(name: str, python: str, facts: Facts) -> str:
     """Where a program is: beside the interpreter of the environment it belongs to, if one is named, else on the PATH.
     Empty if it is not there."""
     if python:
-        path = Path(python).expanduser().with_name(name)
-        return str(path) if os.access(path, os.X_OK) else ""
+        try:
+            path = Path(python).expanduser().with_name(name)
+            return str(path) if os.access(path, os.X_OK) else ""
+        except (OSError, RuntimeError, ValueError):  # `~` of nobody, a path without a name
+            return ""
     return facts.programs.get(name, "")
 
 
 def not_fetched(model: Model) -> MachineError:
     """That the checkpoint has to be fetched first, and how much that is."""
+    folders = [source.name for source in map(parse, model.source) if source.scheme == "file"]
+    if len(folders) == len(model.source):
+        return MachineError(
+            f"the checkpoint of {model.name} is not on this machine",
+            f"copy it to {' or '.join(os.path.abspath(os.path.expanduser(folder)) for folder in folders)}, "
+            f"or change models.{quote(model.name)}.source in your registry.toml",
+        )
     size = f" (about {human_bytes(model.parameters * 2)})" if model.parameters else ""
     return MachineError(
         f"the checkpoint of {model.name} is not on this machine",

@@ -6,9 +6,12 @@ it, with a README inside, takes longer than everything else that a listing does.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
 from pathlib import Path
+
+from .errors import first_line, printable
 
 #: The entry-point group.
 GROUP = "engine_recipes"
@@ -41,7 +44,7 @@ def advertised() -> list[Advertised]:
             continue
         if GROUP in text:
             package, version = identity(dist)
-            found.setdefault(package.lower().replace("_", "-"), _read(dist, package, version))
+            found.setdefault(re.sub(r"[-_.]+", "-", package).lower(), _read(dist, package, version))
     found.pop("", None)
     return sorted((one for several in found.values() for one in several), key=lambda one: (one.package, one.path))
 
@@ -50,12 +53,12 @@ def _read(dist: Distribution, package: str, version: str) -> list[Advertised]:
     try:
         values = {point.value for point in dist.entry_points if point.group == GROUP}
     except Exception as error:  # what it raises for a damaged file is its own affair
-        return [Advertised(package, version, problem=f"its entry_points.txt cannot be read: {error}")]
+        return [Advertised(package, version, problem=f"its entry_points.txt cannot be read: {first_line(error)}")]
     places = {_top(value): _folder(_top(value)) for value in sorted(values)}
     return [
         Advertised(package, version, Path(folder, "registry.toml"))
         if folder
-        else Advertised(package, version, problem=f"its package {top} is not installed")
+        else Advertised(package, version, problem=f"its package {printable(top)} is not installed")
         for top, folder in places.items()
     ]
 
@@ -77,7 +80,7 @@ def identity(dist: Distribution) -> tuple[str, str]:
     # https://packaging.python.org/specifications/core-metadata: fields, an empty line, the description
     fields = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
     header = {key.lower(): value.strip() for key, _, value in fields}
-    return header.get("name", ""), header.get("version", "")
+    return printable(header.get("name", "")), printable(header.get("version", ""))
 
 
 def _top(value: str) -> str:

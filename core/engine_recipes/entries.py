@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .errors import RequestError
+from .refs import NAME
+from .requirements import is_name, is_range, is_requirement
 from .types import BASELINE, CALIBRATION, HF_CHECKPOINT, TRTLLM_CHECKPOINT, Value
 
 #: Models of fewer parameters lose more when they are quantised, and have limits of their own.
 SMALL = 1_000_000_000
+
+#: What is another stage's in `--set`: no option begins with it.
+_PREFIXES = ("gate.", "build.", "calib.")
+#: Options that plans count with, whoever has them.
+_NUMBERS = ("tp_size", "pp_size", "max_seq_len", "max_batch_size")
 
 
 @dataclass(frozen=True)
@@ -55,9 +64,20 @@ class Option:
     kind: str = ""
 
     @classmethod
-    def from_value(cls, value: Any) -> Option:
+    def from_value(cls, value: Any) -> dict[str, Any]:
         """`tp_size = 1` is short for `tp_size = { default = 1 }`."""
-        return cls(value)
+        return {"default": value}
+
+    def problems(self) -> list[str]:
+        """See `structure`."""
+        found = [f"choices: {choice!r} is of another type than the default" for choice in self._misfits()]
+        if self.min is not None and self.max is not None and self.min > self.max:
+            found.append(f"min: {self.min:g} is above the max, {self.max:g}")
+        return found + _no_range("versions", self.versions)
+
+    def _misfits(self) -> list[Value]:
+        kinds = {type(self.default), int} if isinstance(self.default, float) else {type(self.default)}
+        return [choice for choice in self.choices if type(choice) not in kinds]
 
 
 @dataclass(frozen=True)
@@ -82,6 +102,10 @@ class Needs:
     """
 
     compute: str = ""
+
+    def problems(self) -> list[str]:
+        """See `structure`."""
+        return _no_range("compute", self.compute)
 
 
 @dataclass(frozen=True)
@@ -119,6 +143,12 @@ class Refusal:
     why: str
     instead: str
 
+    def problems(self) -> list[str]:
+        """See `structure`."""
+        patterns = {key: pattern.removeprefix("!") for key, pattern in self.when.items()}
+        ranges = {key: pattern for key, pattern in patterns.items() if pattern.startswith(("<", ">", "=="))}
+        return [problem for key, text in ranges.items() for problem in _no_range(f"when.{key}", text)]
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Entry:
@@ -146,7 +176,8 @@ class Family(Entry):
     Attributes:
         module: the Python module with its hooks.
         architectures: the class names of `config.json` it knows.
-        references: what can run their unquantised source, in order of preference; nothing: the defaults.
+        references: what can run their unquantised source, in order of preference; nothing: the defaults. Name
+            `onnxruntime` when the description has been compared with the model's own code, see `by_description`.
     """
 
     module: str
@@ -169,6 +200,12 @@ class Model(Entry):
     source: tuple[str, ...]
     parameters: int = 0
     license: str = ""
+
+    def problems(self) -> list[str]:
+        """See `Entry.problems`."""
+        found = [] if self.source else ["source: names none"]
+        found += ["parameters: below 0"] if self.parameters < 0 else []
+        return found + [f"source: {text}" for text in map(_no_source, self.source) if text]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -195,7 +232,17 @@ class StageEntry(Entry):
 
     def problems(self) -> list[str]:
         """See `Entry.problems`."""
-        return ["costs: no cost is below 0"] if min(vars(self.costs).values()) < 0 else []
+        found = ["costs: no cost is below 0"] if min(vars(self.costs).values()) < 0 else []
+        found += _no_requirements("requires", self.requires)
+        for name, option in self.options.items():
+            if not NAME.fullmatch(name) or name.startswith(_PREFIXES):
+                found.append(
+                    f"options.\"{name}\": a name is lower-case letters, digits, '.', '_' and '-', "
+                    f"and none begins with {' or '.join(_PREFIXES)}"
+                )
+            elif name in _NUMBERS and type(option.default) is not int:
+                found.append(f"options.{name}: must be a whole number, since plans count with it")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -213,8 +260,17 @@ class Calibration(StageEntry):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Reference(StageEntry):
-    """What runs the unquantised source, for builds to be compared with."""
+    """What runs the unquantised source, for builds to be compared with.
 
+    Attributes:
+        loads: `package:MODULE/PATH` of the file that names, in double quotes, each architecture that it loads; empty:
+            all.
+        by_description: it computes what the family says that the model is, as engines do, and so would agree with them
+            if that were wrong. Builds that it judges get a warning unless the family names it in `references`.
+    """
+
+    loads: str = ""
+    by_description: bool = False
     takes: tuple[str, ...] = (HF_CHECKPOINT,)
     gives: str = BASELINE
 
@@ -301,6 +357,11 @@ class Engine(StageEntry):
         """See `Entry.problems`."""
         found = super().problems()
         found += [] if self.targets else ["targets: names none"]
+        for target, requirements in self.target_requires.items():
+            found += _no_requirements(f"target_requires.{target}", requirements)
+        found += [f"binds: {name!r} is no distribution's name" for name in self.binds if not is_name(name)]
+        if self.min_driver and not re.fullmatch(r"\d+(\.\d+)*", self.min_driver, re.ASCII):
+            found.append(f"min_driver: {self.min_driver!r} is no version")
         return found + (["runtime: no cost is below 0"] if min(vars(self.runtime).values()) < 0 else [])
 
 
@@ -324,3 +385,23 @@ class Gate:
     """How builds are judged: options of the validation itself, `gate.…` in `--set`."""
 
     options: Mapping[str, Option] = field(default_factory=dict)
+
+
+def _no_range(field_name: str, text: str) -> list[str]:
+    return [f"{field_name}: {text!r} is no version range, such as >=1.2,<2"] if text and not is_range(text) else []
+
+
+def _no_requirements(field_name: str, texts: Iterable[str]) -> list[str]:
+    return [
+        f"{field_name}: {text!r} is no requirement, such as onnx>=1.17" for text in texts if not is_requirement(text)
+    ]
+
+
+def _no_source(spec: str) -> str:
+    from .sources.spec import parse
+
+    try:
+        parse(spec)
+    except RequestError as error:
+        return str(error).replace("\n", "; ")
+    return ""

@@ -69,15 +69,20 @@ class Interrupted(RecipesError):
 def one_line(text: object) -> str:
     """A message or a hint as the one line that it must be, whatever a plugin gave; empty if it cannot be printed."""
     try:
-        return " ".join(str(text).split())
+        return printable(" ".join(str(text).split()))
     except Exception:  # its own __str__
         return ""
+
+
+def printable(text: str) -> str:
+    """Text with what a terminal would obey spelled out, an escape as `\\x1b`. Tabs and ends of lines stay."""
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in "\t\n" else repr(c)[1:-1] for c in text)
 
 
 def first_line(error: BaseException) -> str:
     """The kind of a foreign exception and the first line of what it says; it may say nothing that can be printed."""
     try:
-        said = next(iter(str(error).strip().splitlines()), "")
+        said = printable(next(iter(str(error).strip().splitlines()), ""))
     except Exception:  # its own __str__
         said = ""
     return f"{type(error).__name__}: {said}" if said else type(error).__name__

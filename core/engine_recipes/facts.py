@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import requirements as pep508
 from .targets import parts, target_of
 
 #: Programs that are always looked for: what asks the driver, and what runs containers and gives them a GPU.
@@ -105,9 +106,9 @@ class Facts:
         return {name: self.versions[name] for name in sorted(names) if name in self.versions}
 
     def _has(self, requirement: str) -> bool:
-        name = distribution(requirement)
-        version = self.versions.get(name)
-        return version is not None and within(version, requirement.strip()[len(name) :])
+        wanted = pep508.parse(requirement)
+        version = self.versions.get(distribution(requirement))
+        return not wanted.applies or (version is not None and within(version, wanted.versions))
 
 
 def within(version: str, wanted: str) -> bool:
@@ -120,15 +121,19 @@ def within(version: str, wanted: str) -> bool:
         have, low, high = (numbers + (0,) * (length - len(numbers)) for numbers in (have, low, high))
         return have >= low and (bounds[2] is None or have < high)
     from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion
 
-    return SpecifierSet(wanted).contains(version, prereleases=True)
+    try:
+        return SpecifierSet(wanted).contains(version, prereleases=True)
+    except InvalidVersion:  # whatever its METADATA says: it is not what is wanted
+        return False
 
 
 def distribution(requirement: str) -> str:
-    """`onnxruntime` from `onnxruntime >= 1.23`."""
+    """`onnxruntime` from `onnxruntime >= 1.23`, in the one spelling of PEP 503."""
     requirement = requirement.strip()
     end = next((i for i, c in enumerate(requirement) if not (c.isalnum() or c in "._-")), len(requirement))
-    return requirement[:end].lower().replace("_", "-")
+    return re.sub(r"[-_.]+", "-", requirement[:end]).lower()
 
 
 def read(requirements: Iterable[str] = (), programs: Iterable[str] = ()) -> Facts:

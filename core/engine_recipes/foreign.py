@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from . import portability, refs
 from .api import Setup
 from .availability import runs
 from .entries import Precision
-from .errors import Rejected, RequestError, StageFailed
+from .errors import MachineError, Rejected, RequestError, StageFailed
 from .planning import Plan
+from .registry import Registry
 from .sources.folder import digest_of
 from .store import MANIFEST, PLACES, is_whole, read_manifest
 from .types import TRTLLM_CHECKPOINT, Artifact, Ref, StageName
@@ -32,7 +34,7 @@ def plan_for(setup: Setup, text: str, source: str | None, choices: Mapping[str, 
         MachineError: the reference is not built, or something that judging needs is missing.
         Rejected: the checkpoint is malformed.
     """
-    folder = Path(text).expanduser()
+    folder = Path(os.path.expanduser(text))
     is_checkpoint = (folder / RANK0).is_file() and (folder / CONFIG).is_file()
     if (folder / MANIFEST).is_file() and read_manifest(folder) is None and not is_checkpoint:
         raise RequestError(f"{folder / MANIFEST} is damaged", "build or copy the folder again")
@@ -58,6 +60,21 @@ def plan_for(setup: Setup, text: str, source: str | None, choices: Mapping[str, 
     return _plan_engine(setup, setup.engine(plan), str(plan.ref), choices["settings"])
 
 
+def check_provider(registry: Registry, manifest: Mapping[str, Any], folder: str) -> None:
+    """That the package is here whose engine made a folder.
+
+    Raises:
+        MachineError: it is not.
+    """
+    made = manifest.get("provider")
+    package = made.get("package") if isinstance(made, dict) else None
+    engine = registry.engines.entries.get(str(made.get("name"))) if isinstance(made, dict) else None
+    if isinstance(package, str) and package.isprintable() and engine is None:
+        raise MachineError(
+            f"{folder} was built by {package}, which is not installed", "install it (RECIPES_PLUGINS=0 leaves it out)"
+        )
+
+
 def _plan_engine(setup: Setup, folder: Path, source: str | None, settings: Mapping[str, str] | None) -> Plan:
     manifest = read_manifest(folder) or {}
     try:
@@ -66,6 +83,7 @@ def _plan_engine(setup: Setup, folder: Path, source: str | None, settings: Mappi
         made_as, target = refs.parse(manifest["ref"]), str(manifest["target"])
         claimed = setup.registry.expand(refs.parse(source)) if source else made_as
         ref = Ref(claimed.model, claimed.precision or made_as.precision, made_as.engine)
+        check_provider(setup.registry, manifest, folder.name)
         given = {key: _spell(value) for key, value in manifest["set"].items()}
         ready: dict[StageName, Artifact] = {"stage2": Artifact(str(manifest["kind"]), folder, str(manifest["key"]))}
         ready |= _inputs(setup, ref, manifest)

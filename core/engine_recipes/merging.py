@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from .entries import Calibration, Defaults, Engine, Entry, Family, Gate, Metric, Model, Owner, Precision, Reference
 from .errors import RecipesError, RequestError
-from .refs import NAME
+from .refs import NAME, is_folder, is_hub_id, parse
 from .registry import OURS, Fragment, Names, Problem, Registry, claimed_by
 from .structure import quote, structure, suggest
 
@@ -39,7 +39,11 @@ def merge(fragments: Iterable[Fragment], problems: Iterable[Problem] = (), *, is
         known = {*_KINDS, "aliases", *(["gate"] if is_ours else [])}
         known |= {"defaults", "prefer"} if is_ours or not fragment.installed else set()
         for key, value in fragment.table.items():
-            if key not in known:
+            if key in ("defaults", "prefer") and key not in known:
+                text = f"{key}: counts only in your own or a project's registry.toml"
+                more = "; use [models.NAME.settings]" if key == "defaults" else ""
+                merger.complain(fragment.owner, text + more)
+            elif key not in known:
                 merger.complain(fragment.owner, f"{key}: unknown{suggest(key, known)}")
             elif not isinstance(value, Mapping):
                 merger.complain(fragment.owner, f"{key}: must be a table")
@@ -62,13 +66,17 @@ def merge(fragments: Iterable[Fragment], problems: Iterable[Problem] = (), *, is
         owners=tuple(f.owner for f in fragments),
     )
     merger.check_settings(registry, is_complete)
+    merger.check_names(registry)
     if merger.local:
         lines = "\n  ".join(merger.local)
         count = len(merger.local)
         raise RequestError(
             f"the registry has {count} error{'s' * (count > 1)}:\n  {lines}", "mend the file named in each line"
         )
-    return replace(registry, problems=tuple(merger.problems))
+    if not merger.problems:
+        return registry
+    partial: dict[str, Any] = {names.kind: replace(names, is_partial=True) for names in registry.kinds}
+    return replace(registry, problems=tuple(merger.problems), **partial)
 
 
 class _Merger:
@@ -161,6 +169,44 @@ class _Merger:
                         path = f"{names.kind}.{quote(name)}.settings.{quote(key)}"
                         self.complain(owner, f"{path}: unknown{suggest(key, known)}")
 
+    def check_names(self, registry: Registry) -> None:
+        """What packages say of families, metrics and models that are not there. A user may name such."""
+        families, metrics = ({*names.entries, *names.unusable} for names in (registry.families, registry.metrics))
+        for model in registry.models.entries.values():
+            if model.family not in families:
+                path = f"models.{quote(model.name)}.family"
+                self.complain_of_name(
+                    model, "family", f"{path}: no family named {model.family!r}", model.family, families
+                )
+        for precision in registry.precisions.entries.values():
+            for field_name in ("limits", "small_limits"):
+                for name in getattr(precision, field_name):
+                    if name not in metrics:
+                        path = f"precisions.{quote(precision.name)}.{field_name}.{quote(name)}"
+                        self.complain_of_name(precision, field_name, f"{path}: no metric has that name", name, metrics)
+        self.check_aliases(registry)
+
+    def complain_of_name(self, entry: Entry, field_name: str, text: str, name: str, known: set[str]) -> None:
+        owner = entry.origins.get(field_name, entry.owner)
+        if self.is_foreign(owner):
+            self.complain(owner, text + suggest(name, known))
+
+    def check_aliases(self, registry: Registry) -> None:
+        """What packages' aliases stand for, as far as they are the ones that count."""
+        models = {*registry.models.entries, *registry.models.unusable}
+        for fragment, table in self.tables("aliases"):
+            for name, text in table.items():
+                if not self.is_foreign(fragment.owner) or registry.aliases.get(name) != text:
+                    continue
+                path = f"aliases.{quote(name)}"
+                try:
+                    model = parse(text).model
+                except RequestError as error:
+                    self.complain(fragment.owner, f"{path}: {error.message}")
+                    continue
+                if not (model in models or is_folder(model) or is_hub_id(model)):
+                    self.complain(fragment.owner, f"{path}: no model named {model!r}{suggest(model, models)}")
+
     def detailed(self, registry: Registry) -> set[str]:
         """Options that stand in the files of engines' `details`: read only if it matters.
 
@@ -210,7 +256,6 @@ class _Merger:
             if fragment.owner is not owner:
                 origins.update({key: fragment.owner for key in layer})
         entry = structure(cls, table, path, errors)
-        errors += [f"{path}.{problem}" for problem in (entry.problems() if entry else ())]
         missing = [error.removesuffix(_MISSING) for error in errors if error.endswith(_MISSING)]
         if errors and not layers[0][0].installed and len(missing) == len(errors):
             lacks = ", ".join(text.removeprefix(f"{path}.") for text in missing)

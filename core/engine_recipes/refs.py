@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -64,6 +65,6 @@ def is_hub_id(model: str) -> bool:
 def label(model: str) -> str:
     """A short name for folders: the registry name, the folder's own name, or `org--name`, in lower case."""
     if is_folder(model):
-        model = Path(model).expanduser().resolve().name
+        model = Path(os.path.expanduser(model)).resolve().name
     slug = re.sub(r"[^a-z0-9._-]+", "-", model.replace("/", "--").lower()).strip("-._")
     return slug or "model"

@@ -6,10 +6,11 @@ same name contest it; the user's and the project's files may change any field, a
 
 from __future__ import annotations
 
-import errno
 import os
+import re
+import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -30,7 +31,7 @@ from .entries import (
     Reference,
     StageEntry,
 )
-from .errors import RequestError, did_you_mean
+from .errors import RequestError, did_you_mean, first_line, printable
 from .types import Ref
 
 if sys.version_info >= (3, 11):
@@ -42,6 +43,11 @@ API = 1
 #: Our own distribution.
 OURS = "engine-recipes"
 _OUR_FILE = Path(__file__).with_name("registry.toml")
+_MOST_BYTES = 1_000_000
+_MOST_DEEP = 20
+_MOST_SHOWN = 80
+#: What a terminal may obey: C0 but tabs and ends of lines, DEL, C1.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -84,12 +90,15 @@ class Names(Generic[E]):
     kind: str
     entries: Mapping[str, E]
     unusable: Mapping[str, RequestError]
+    is_partial: bool = False  # something was left out: what is missing may be that
 
     def __getitem__(self, name: str) -> E:
         if name in self.unusable:
             raise self.unusable[name]
         if name not in self.entries:
-            raise RequestError(f"no {SINGULAR[self.kind]} named {name!r}", did_you_mean(name, self.entries))
+            hint = did_you_mean(name, self.entries)
+            hint += "; `recipes plugins` shows what was left out" if self.is_partial else ""
+            raise RequestError(f"no {SINGULAR[self.kind]} named {name!r}", hint)
         return self.entries[name]
 
 
@@ -165,10 +174,9 @@ class Registry:
         """
         found = [f for f in self.families.entries.values() if architecture in f.architectures]
         if not found:
-            known = sorted({a for f in self.families.entries.values() for a in f.architectures})
             raise RequestError(
                 f"no installed family knows the architecture {architecture}",
-                f"{did_you_mean(architecture, known)} or install a package that adds it (`recipes plugins`)",
+                "install a package that adds it, or write one: `recipes new family`",
             )
         chosen = [f for f in found if f.owner.package == self.prefer.get(f"architectures.{architecture}")]
         settled = [f for f in found if f.owner.package in (OURS, self.prefer.get(f"families.{f.name}"))]
@@ -200,9 +208,26 @@ def load(project: Path | None = None) -> Registry:
                 except RequestError as error:
                     problems.append(Problem(owner, str(error)))
     fragments += _local_fragments(project)
+    return _merged(fragments, problems, are_plugins_on)
+
+
+def _merged(fragments: list[Fragment], problems: list[Problem], is_complete: bool) -> Registry:
+    """What all say together; a package whose fragment stops the merging is left out, and that is its problem."""
     from .merging import merge
 
-    return merge(fragments, problems, is_complete=are_plugins_on)
+    try:
+        return merge(fragments, problems, is_complete=is_complete)
+    except RequestError:
+        raise
+    except Exception:
+        ours, *others = fragments
+        for one in (f for f in others if f.installed):
+            try:
+                merge([ours, one])
+            except Exception as error:
+                problems.append(Problem(one.owner, f"{one.owner.path} cannot be merged: {first_line(error)}"))
+                fragments = [f for f in fragments if f is not one]
+        return merge(fragments, problems, is_complete=is_complete)
 
 
 def _local_fragments(project: Path | None) -> list[Fragment]:
@@ -210,23 +235,45 @@ def _local_fragments(project: Path | None) -> list[Fragment]:
     user = Path(config, "engine-recipes", "registry.toml")
     if project is not None and not project.is_file():
         raise RequestError(f"there is no file {project}", "give --registry a registry.toml")
-    places = [("your registry.toml", user), ("this project's registry.toml", project or Path("registry.toml"))]
-    return [
-        _read(Owner(name, path=path), is_installed=False)
-        for name, path in places
-        if path.is_file() and not path.samefile(_OUR_FILE)
-    ]
+    here = Path("registry.toml")
+    places = [("your registry.toml", user)] if _is_there(user) else []
+    if project or (_is_there(here) and not _is_of_a_package(here)):
+        places.append(("this project's registry.toml", project or here))
+    return [_read(Owner(name, path=path), is_installed=False) for name, path in places if not _is_ours(path)]
+
+
+def _is_ours(path: Path) -> bool:
+    return path.exists() and path.samefile(_OUR_FILE)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a folder that nobody may look into
+        return False
+
+
+def _is_of_a_package(path: Path) -> bool:
+    """Whether a file is what a package advertises: in a checkout of one it is no project's."""
+    folder = path.resolve().parent
+    return any((folder / name).is_file() for name in ("__init__.py", "hookspecs.py"))
 
 
 def _read(owner: Owner, is_installed: bool = True) -> Fragment:
     try:
-        if not owner.path.is_file():  # a pipe would be waited for
-            raise FileNotFoundError(errno.ENOENT, "there is no such file")
+        kind = owner.path.stat()
+        if not stat.S_ISREG(kind.st_mode):  # a pipe would be waited for
+            raise ValueError("it is no file")
+        if kind.st_size > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES} bytes")
         if is_installed and owner.package != OURS and owner.path.samefile(_OUR_FILE):
             raise ValueError(f"its entry point names {OURS}'s own package")
         table = tomllib.loads(owner.path.read_text(encoding="utf-8"))
+        if owner.path != _OUR_FILE and (problem := next(_oddities(table), "")):
+            raise ValueError(problem)
     except (OSError, ValueError, RecursionError) as error:  # of the TOML too
         reason = error.strerror if isinstance(error, OSError) else error
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else reason
         raise RequestError(f"{owner.path} ({owner}) cannot be read: {reason}", "mend or remove that file") from None
     api = table.pop("api", 1)
     if type(api) is not int or api < 1:
@@ -241,8 +288,31 @@ def _read(owner: Owner, is_installed: bool = True) -> Fragment:
     return Fragment(owner, table, is_installed)
 
 
+def _oddities(value: Any, path: str = "", depth: int = 0) -> Iterator[str]:
+    """What no fragment holds, wherever it stands: reading on, or printing it, would do harm."""
+    place = printable(path[:_MOST_SHOWN])
+    if depth > _MOST_DEEP:
+        yield f"{place}…: more than {_MOST_DEEP} tables in each other"
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _oddities(key, f"{path}.{key}" if path else key, depth)
+            yield from _oddities(item, f"{path}.{key}" if path else key, depth + 1)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _oddities(item, path, depth + 1)
+    elif isinstance(value, str) and _CONTROL.search(value):
+        yield f"{place}: holds a control character"
+    elif type(value) is int and abs(value) >= 1 << 63:  # https://toml.io: integers have 64 bits
+        yield f"{place}: a number of more than 64 bits"
+
+
 def claimed_by(kind: str, name: str, owners: list[Owner]) -> RequestError:
     """That more than one package claims a name, and what to do."""
+    if len({owner.package for owner in owners}) == 1:
+        return RequestError(
+            f"{SINGULAR[kind]} {name!r} stands in {len(owners)} files of {owners[0]}",
+            "uninstall that package, or report this to its authors",
+        )
     who = " and ".join(str(owner) for owner in owners)
     return RequestError(
         f"{SINGULAR[kind]} {name!r} is claimed by {who}",

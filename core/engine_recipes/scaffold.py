@@ -104,8 +104,8 @@ def package(kind: str, name: str, architecture: str | None, registry: Registry) 
         RequestError: no such name, or something here has it already.
     """
     plain = name.removeprefix(_PREFIX)
-    if not _NAME.fullmatch(plain):
-        better = re.sub(r"[^a-z0-9_]+", "-", plain.lower()).strip("-_")
+    if not _NAME.fullmatch(plain) or "--" in plain:
+        better = re.sub(r"[^a-z0-9_]+", "-", plain.lower()).strip("-_") if plain.isascii() else ""
         raise RequestError(
             f"{name!r} is no name for a package",
             f"did you mean {better}?"
@@ -114,7 +114,8 @@ def package(kind: str, name: str, architecture: str | None, registry: Registry) 
         )
     if architecture is not None and kind != "family":
         raise RequestError(f"--architecture is for a family, and this is a new {kind}", "leave it out")
-    architecture = architecture or "".join(map(str.capitalize, re.split("[_-]+", plain))) + "ForCausalLM"
+    if architecture is None:
+        architecture = "".join(map(str.capitalize, re.split("[_-]+", plain))) + "ForCausalLM"
     if not (architecture.isascii() and architecture.isidentifier()):
         raise RequestError(
             f"{architecture!r} is no class name", "give the one of `architectures` in the checkpoint's config.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from types import UnionType
@@ -10,6 +11,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 T = TypeVar("T")
 
+_SHOWN = reprlib.Repr()  # a value may be of any length and depth
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 80
 _WORDS = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -17,7 +20,8 @@ def structure(cls: type[T], table: Mapping[str, Any], path: str, errors: list[st
     """Build a dataclass from a TOML table.
 
     Fields with `metadata={"toml": False}` are not read from the table. A lone string is taken as a list of one.
-    A dataclass may have a classmethod `from_value(value)` that says which plain value stands for a table.
+    A dataclass may have a classmethod `from_value(value)` that says which table a plain value stands for, and a method
+    `problems()` that says what is wrong with it beyond the types of its fields, each beginning with a field's name.
 
     Args:
         cls: the dataclass.
@@ -38,7 +42,11 @@ def structure(cls: type[T], table: Mapping[str, Any], path: str, errors: list[st
             values[name] = _convert(hints[name], table[name], f"{path}.{name}", errors)
         elif _required(field):
             errors.append(f"{path}.{name}: missing")
-    return cls(**values) if len(errors) == count else None
+    if len(errors) > count:
+        return None
+    made = cls(**values)
+    errors.extend(f"{path}.{problem}" for problem in (made.problems() if hasattr(made, "problems") else ()))
+    return made if len(errors) == count else None
 
 
 def suggest(name: str, known: Any) -> str:
@@ -73,7 +81,7 @@ def _convert(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
         return _union(args, value, path, errors)
     if origin is Literal:
         if value not in args:
-            errors.append(f"{path}: must be {' or '.join(map(str, args))}, not {value!r}")
+            errors.append(f"{path}: must be {' or '.join(map(str, args))}, not {_SHOWN.repr(value)}")
         return value
     if origin is tuple:
         items = value if isinstance(value, list) else [value]
@@ -85,7 +93,7 @@ def _convert(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
         return {key: _convert(args[1], item, f"{path}.{quote(key)}", errors) for key, item in value.items()}
     if is_dataclass(hint):
         if not isinstance(value, Mapping) and hasattr(hint, "from_value"):
-            return hint.from_value(value)
+            return structure(hint, hint.from_value(value), path, errors)  # type: ignore[arg-type]
         if not isinstance(value, Mapping):
             errors.append(f"{path}: must be a table")
             return None
@@ -97,18 +105,21 @@ def _union(args: tuple[Any, ...], value: Any, path: str, errors: list[str]) -> A
     kinds = [a for a in args if a is not type(None)]
     for kind in kinds:
         if type(value) is kind or (kind is float and type(value) is int):
-            return value
+            return _scalar(kind, value, path, errors)
     if len(kinds) == 1:
         return _convert(kinds[0], value, path, errors)
-    errors.append(f"{path}: must be {' or '.join(_WORDS[k] for k in kinds)}, not {value!r}")
+    errors.append(f"{path}: must be {' or '.join(_WORDS[k] for k in kinds)}, not {_SHOWN.repr(value)}")
     return None
 
 
 def _scalar(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
     if hint is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            value = math.inf
     if isinstance(value, float) and not math.isfinite(value):
         errors.append(f"{path}: must be a finite number")
     if type(value) is not hint:  # bool is an int for isinstance
-        errors.append(f"{path}: must be {_WORDS.get(hint, hint)}, not {value!r}")
+        errors.append(f"{path}: must be {_WORDS.get(hint, hint)}, not {_SHOWN.repr(value)}")
     return value

@@ -75,3 +75,28 @@ def test_plugins_shows_what_each_package_adds_and_what_is_wrong_with_it(
     listed = recipes("list", "--model", "smollm2-135m")
     assert listed.code == 0
     assert "warning: acme-broken 0.3: precisions.odd.modul: unknown" in listed.err
+
+
+def test_a_model_that_nothing_is_named_like_is_said(recipes: Recipes) -> None:
+    ran = recipes("list", "--model", "qwen9")
+    assert ran.code == 2
+    assert ran.error[0] == "no model's name holds 'qwen9'"
+    assert recipes("list", "--model", "qwen3", "--ready").code == 0, "there are such, none of them ready"
+
+
+@pytest.mark.parametrize("source", ["file:~nosuch-user/x", f"file:/{'x' * 5000}", "there"])
+def test_a_folder_that_cannot_be_is_one_that_is_not_there(source: str, recipes: Recipes) -> None:
+    Path("registry.toml").write_text(f'[models.mine]\nfamily = "llama"\nsource = "{source}"\n')
+    rows = recipes("list", "--json", "--model", "mine").json["recipes"]
+    assert "checkpoint not fetched" in {row["reason"] for row in rows}
+    ran = recipes("build", "mine:fp16@onnxruntime")
+    assert ran.code == 3
+    assert ran.error[0] == "the checkpoint of mine is not on this machine"
+    assert "recipes fetch" not in ran.error[1]
+    assert "change models.mine.source" in ran.error[1]
+
+
+def test_a_python_of_nobody_is_not_there(recipes: Recipes) -> None:
+    Path("registry.toml").write_text('[engines.tensorrt-llm]\npython = "~nosuch-user/x"\n')
+    for command in ("list", "doctor"):
+        assert "Traceback" not in recipes(command).err

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,38 @@ def test_arguments_that_cannot_be_are_two_lines(
     ran = recipes("run", REF, *arguments)
     assert ran.code == 2
     assert ran.error[0].startswith(first)
+
+
+def test_an_engines_folder_is_no_reference_and_without_its_package_that_is_said(
+    toy_model: Path, recipes: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = recipes("build", REF, "--json").json["builds"][0]["engine_dir"]
+    ran = recipes("run", folder, "abc")
+    assert (ran.code, ran.error[1]) == (2, f"run it as {REF}")
+    monkeypatch.setenv("RECIPES_PLUGINS", "0")
+    for words in (["run", folder, "abc"], ["validate", folder]):
+        ran = recipes(*words)
+        assert ran.code == 3
+        assert "was built by engine-recipes-toy, which is not installed" in ran.error[0]
+
+
+def test_a_module_that_ends_the_process_ends_not_ours(
+    tmp_path: Path, toy_model: Path, recipes: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes("build", REF)
+    trap = tmp_path / "trap" / "sitecustomize.py"
+    trap.parent.mkdir()
+    trap.write_text(
+        "import os, sys\n"
+        "class Trap:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'engine_recipes_toy.echo': os._exit(9)\n"
+        "sys.meta_path.insert(0, Trap())\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{trap.parent}:{os.environ['PYTHONPATH']}")
+    ran = recipes("run", REF, "abc")
+    assert ran.code == 4
+    assert "importing engine echo (engine-recipes-toy 1.0) ended with exit code 9" in ran.error[0]
 
 
 def test_a_damaged_engine_is_said_to_be_one(toy_model: Path, recipes: Recipes) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from .. import __version__
-from ..errors import RecipesError, StageFailed, did_you_mean
+from ..errors import RecipesError, StageFailed, did_you_mean, printable
 
 #: command -> (module, one line of help). The module holds a click command of the same name.
 COMMANDS = {
@@ -129,9 +129,9 @@ def report(error: RecipesError) -> None:
 
 
 def _say(message: str, hint: str) -> None:
-    click.echo(f"{style('error:', fg='red')} {message}", err=True)
+    click.echo(f"{style('error:', fg='red')} {printable(message)}", err=True)
     if hint:
-        click.echo(f"       {hint}", err=True)
+        click.echo(f"       {printable(hint)}", err=True)
 
 
 def _interrupt(sign: int, frame: Any) -> NoReturn:

@@ -11,8 +11,8 @@ import click
 
 from .. import availability
 from ..api import Setup
-from ..entries import Engine, Entry, Precision
-from ..errors import RequestError
+from ..entries import Engine, Entry, Model, Precision
+from ..errors import RequestError, did_you_mean
 from ..registry import Registry
 from ..space import human_bytes
 from ..types import StageName
@@ -36,6 +36,9 @@ _TOKENS = 4096
 @place_options
 def list_command(model: str | None, ready: bool, as_json: bool, setup: Setup) -> None:
     """Every model × precision × engine, whether it can be built here, and if not, why."""
+    known = setup.registry.models.entries
+    if model and not any(model in name for name in known):
+        raise RequestError(f"no model's name holds {model!r}", did_you_mean(model, known))
     rows = [
         row
         for row in recipes(setup)
@@ -59,12 +62,12 @@ def recipes(setup: Setup) -> Iterator[dict[str, Any]]:
     built = {(manifest.get("ref"), manifest.get("target")) for _, manifest in setup.store.artifacts("engines")}
     pairs = list(_pairs(setup))
     for model in setup.registry.models.entries.values():
-        fetched = setup.locate(model) is not None
+        absent = _absent(setup, model)
         for precision, engine, target, status, reason in pairs:
             if model.family not in setup.registry.families.entries:
                 status, reason = "unsupported", f"no family named {model.family!r}"
-            elif status == "ready" and not fetched:
-                status, reason = "missing", "checkpoint not fetched"
+            elif status == "ready" and absent:
+                status, reason = "missing", absent
             ref = f"{model.name}:{precision.name}@{engine.name}"
             yield {
                 "ref": ref,
@@ -79,6 +82,14 @@ def recipes(setup: Setup) -> Iterator[dict[str, Any]]:
                 "source": model.source[0],
                 "built": (ref, target) in built,
             }
+
+
+def _absent(setup: Setup, model: Model) -> str:
+    """Why there is no checkpoint of this model here; empty if there is one."""
+    try:
+        return "" if setup.locate(model) else "checkpoint not fetched"
+    except RequestError as error:
+        return error.message
 
 
 def _pairs(setup: Setup) -> Iterator[tuple[Precision, Engine, str, str, str]]:

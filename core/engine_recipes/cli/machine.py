@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -194,7 +195,7 @@ def _versions_there(engine: Engine, program: Path) -> tuple[dict[str, str], str]
     python = engine.python or next((word for word in words if "python" in Path(word).name), "")
     if not python:
         return {}, f"{program} names no Python" if engine.binds else ""
-    answer, why = machine.ask([str(Path(python).expanduser()), "-c", _ASK_VERSIONS, *engine.binds], 2 * _PATIENCE)
+    answer, why = machine.ask([os.path.expanduser(python), "-c", _ASK_VERSIONS, *engine.binds], 2 * _PATIENCE)
     try:
         versions = {} if why else dict(json.loads(answer))
     except (ValueError, TypeError):

@@ -95,7 +95,11 @@ class Bars(Lines):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"))
+        columns = (
+            TextColumn("  {task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.fields[amount]}", markup=False),
+        )
         self._bars = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
         self._tasks: dict[str, Any] = {}
 

@@ -7,12 +7,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout, suppress
+from pathlib import Path
 from typing import Any, TextIO
 
 import click
 
 from ..api import Loaded, Setup, load_plan
-from ..errors import StageFailed
+from ..errors import RequestError, StageFailed
+from ..foreign import check_provider
+from ..imports import survives
+from ..refs import is_folder
+from ..store import read_manifest
 from ..types import Sampling
 from .common import complete_ref, json_option, print_json, quiet_option, recipe_options
 
@@ -20,7 +25,9 @@ from .common import complete_ref, json_option, print_json, quiet_option, recipe_
 @click.command("run")
 @click.argument("ref", shell_complete=complete_ref)
 @click.argument("prompt")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="most tokens of the answer"
+)
 @click.option(
     "--temperature", type=click.FloatRange(min=0, max=100), default=0.0, show_default=True, help="0 is greedy"
 )
@@ -48,7 +55,9 @@ def run_command(
         raise click.UsageError("the prompt is empty\nsay something")
     if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
         raise click.UsageError("the prompt is no UTF-8 text\ncheck the encoding of your terminal or file")
+    _check_not_folder(ref, setup)
     plan = setup.plan(ref, **choices)
+    survives(plan.stage("stage2").provider, f"run of {plan.ref}", setup.store, plan.gpus)
     stdout = _take_stdout() if as_json else None
     started = time.monotonic()
     loaded = load_plan(setup, plan)
@@ -73,6 +82,14 @@ def run_command(
         speed = f", {rate:.1f} tokens/s after the first" if rate else ""
         loading = f"loaded in {seconds:.2f} s, first token after {answer.first_token_seconds:.2f} s"
         click.echo(f"[{loading}, {answer.generated_tokens} tokens{speed}]", err=True)
+
+
+def _check_not_folder(ref: str, setup: Setup) -> None:
+    """An engine is run by the reference that it was built as: its folder would be taken for a model's."""
+    manifest = read_manifest(Path(os.path.expanduser(ref))) if is_folder(ref) else None
+    if manifest and manifest.get("stage") == "stage2":
+        check_provider(setup.registry, manifest, ref)
+        raise RequestError(f"{ref} is an engine, not a model", f"run it as {manifest.get('ref')}")
 
 
 def _take_stdout() -> TextIO:

@@ -23,8 +23,11 @@ def locate(source: Source, workspace: Path) -> Located | None:
     if source.scheme == "wheel":
         folder = wheel_folder(source, workspace)
         return Located(source, folder, None) if (folder / MANIFEST).is_file() else None
-    folder = Path(source.name).expanduser()
-    return Located(source, folder.absolute(), None, workspace) if folder.is_dir() else None
+    try:
+        folder = Path(source.name).expanduser()
+        return Located(source, folder.absolute(), None, workspace) if folder.is_dir() else None
+    except (OSError, RuntimeError):  # a name that is too long, `~` of nobody
+        return None
 
 
 def wheel_folder(source: Source, workspace: Path) -> Path:
