@@ -13,7 +13,8 @@ from pathlib import Path
 from engine_recipes.confine import confine, files_of
 root = Path(sys.argv[1])
 store, mine, source, hub = root / "store", root / "store/mine", root / "source", root / "hub/snapshots/r1"
-confine("stage1 of precision acme", "acme-pack", [store, *files_of(source), *files_of(hub)], [mine])
+protected = [store, root / "on-another-disk", *files_of(source), *files_of(hub)]
+confine("stage1 of precision acme", "acme-pack", protected, [mine])
 """
 TRICKS = {
     "write": "(store / 'other/file').write_text('x')",
@@ -43,6 +44,7 @@ TRICKS = {
     "symlink": "(store / 'plain').symlink_to('other')",
     "truncate": "os.truncate(store / 'other/file', 0)",
     "chmod": "(store / 'other/file').chmod(0)",
+    "remove the link to it": "(root / 'on-another-disk').unlink()",
     "by descriptor": "fd = os.open(store / 'other', os.O_RDONLY); os.unlink('file', dir_fd=fd)",
 }
 FREE = {
@@ -66,6 +68,7 @@ def root(tmp_path: Path) -> Path:
         (tmp_path / folder).mkdir(parents=True)
     for file in ("store/other/file", "source/model.safetensors", "store/mine/kept", "hub/blobs/b1"):
         (tmp_path / file).write_text("precious")
+    (tmp_path / "on-another-disk").symlink_to("store")
     (tmp_path / "hub/snapshots/r1/model.safetensors").symlink_to("../../blobs/b1")
     return tmp_path
 

@@ -37,8 +37,24 @@ def test_validate_asks_everyone_in_order(tmp_path: Path, monkeypatch: pytest.Mon
 def test_an_answer_that_is_no_verdict_is_its_plugins_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body = "from engine_recipes import Check; return [Check('size', 'failed')]"
     host = Host([provider(tmp_path, monkeypatch, HOOK.format(name="validate", arguments="context", body=body))])
-    with pytest.raises(StageFailed, match=r"validate of acme_p\.mod answered Check\(name='size', verdict='failed'"):
+    with pytest.raises(StageFailed, match=r"\(acme-p 0\.3\) answered Check\(name='size', verdict='failed'"):
         host.validate(CONTEXT)
+
+
+def test_a_verdict_without_a_name_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = "from engine_recipes import Check; return [Check(' ', 'fail')]"
+    text = HOOK.format(name="validate", arguments="context", body=body)
+    with pytest.raises(StageFailed, match="no Check and no Measure with a name"):
+        Host([provider(tmp_path, monkeypatch, text, "acme_nameless")]).validate(CONTEXT)
+
+
+def test_the_traceback_of_what_hangs_shows_its_place_and_nothing_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECIPES_IMPORT_SECONDS", "0.2")
+    problem = import_problem(provider(tmp_path, monkeypatch, "import time\ntime.sleep(60)", "acme_hung"))
+    assert "mod.py" in problem and "line 2" in problem
+    assert "_Hangs" not in problem and "host" not in problem
 
 
 @pytest.mark.parametrize(

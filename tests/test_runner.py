@@ -235,11 +235,63 @@ def test_a_stage_that_raises_what_it_should_not_has_failed_and_no_more(
         api.build(REF)
 
 
+def test_what_a_stage_says_is_shown_short_and_without_what_a_terminal_obeys(
+    toy_model: Path, recipes: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOY", "stage1 say much")
+    ran = recipes("build", REF, "-v")
+    assert ran.code == 4
+    assert "]0;mine" in ran.err and "\x1b]0;mine" not in ran.err and "\x07" not in ran.err
+    assert "failed: ValueError: yyyy" in ran.err
+    assert len(ran.err) < 20_000
+
+
+def test_who_empties_the_workspace_has_emptied_its_own_folder(
+    toy_model: Path, workspace: Path, recipes: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api.build(REF)
+    (workspace / "caches" / "echo").mkdir(parents=True)
+    (workspace / "caches" / "echo" / "warm").touch()
+    (workspace / "digests.json").touch()
+    kept = [path for path in workspace.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    monkeypatch.setenv("TOY", "stage1 empty the workspace")
+    ran = recipes("build", "./toy-model:plain@echo", "--set", "style=long", "--no-validate", "-v")
+    assert "would write to" in ran.err and "this was refused" in ran.err
+    assert all(path.exists() for path in kept)
+    assert len(list(history.read(workspace))) == 2
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        ("swap its own", r"engine echo \(engine-recipes-toy 1\.0\): .* is no folder any more"),
+        ("manifest", r"engine echo \(engine-recipes-toy 1\.0\): manifest\.json is not for a stage to write"),
+    ],
+)
+def test_what_cannot_be_published_is_its_stages_fault_and_leaves_nothing(
+    toy_model: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch, mode: str, said: str
+) -> None:
+    monkeypatch.setenv("TOY", f"stage2 {mode}")
+    with pytest.raises(StageFailed, match=said):
+        api.build(REF)
+    assert list((workspace / "engines").iterdir()) == []
+
+
+def test_a_worker_that_ends_by_a_signal_without_a_name_is_said(
+    toy_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOY", "stage1 signal 35")
+    with pytest.raises(StageFailed, match=r"stage1 of precision plain .* was killed by signal 35"):
+        api.build(REF)
+
+
 @pytest.mark.parametrize("mode", ["share", "emit nonsense"])
 def test_what_does_no_harm_is_no_matter(toy_model: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     monkeypatch.setenv("TOY", f"stage1 {mode}")
     told: list[Event] = []
-    assert api.build(REF, listen=told.append).status == "built"
+    build = api.build(REF, listen=told.append)
+    assert build.status == "built"
+    assert build.stages[1].bytes > 100  # the stage went on to its end
     assert [event for event in told if event["event"] == "warn"] == []
 
 
@@ -403,8 +455,10 @@ def test_what_a_provider_refuses_is_said_before_any_long_work(toy: None, own_wor
     model = tiny.write(own_world / "here" / "flat", "llama", architectures=["ToyForCausalLM"], num_hidden_layers=1)
     testing.write_tokenizer(model)
     for _ in range(2):  # also when the source was resolved before
+        told: list[Event] = []
         with pytest.raises(RequestError, match=r"one layer is too few, with \{'data': .*'tp_size': 3"):
-            api.build("./flat:weighed@echo", settings={"tp_size": "3"})
+            api.build("./flat:weighed@echo", settings={"tp_size": "3"}, listen=told.append)
+        assert {e["stage"] for e in told if e.get("status") == "started"} <= {"resolve"}
     store = api.open_setup().store
     assert not store.artifacts("calibrations") and len(store.artifacts("sources")) == 1
     assert api.build("./flat:plain@echo").status == "built"

@@ -1,4 +1,4 @@
-"""What a worker may not write to: what other stages made, and the source. Anything else is the system's business.
+"""What a worker may not write to: what others keep in the workspace, and the source. The rest is the system's business.
 
 A guard against mistakes, not against malice: it sees what Python code opens, renames and removes (PEP 578), not what a
 C library does by itself. For that the runner looks afterwards whether the inputs are as they were.
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from . import events
 from .errors import StageFailed
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -50,10 +51,12 @@ def confine(who: str, package: str, protected: Iterable[Path], allowed: Iterable
     Raises:
         Trespass: from whatever call would write there.
     """
-    walls = tuple(_prefix(path) for path in protected)
+    walls = tuple(wall for path in protected for wall in (_prefix(path), _prefix(path, follow=False)))
     doors = tuple(_prefix(path) for path in allowed)
+    told = False
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal told
         places = _EVENTS.get(event)
         if places is None or (event == "open" and not (len(arguments) > 2 and (arguments[2] or 0) & _WRITES)):
             return
@@ -64,10 +67,14 @@ def confine(who: str, package: str, protected: Iterable[Path], allowed: Iterable
             for path in _real(event, arguments[place], of):
                 inside = path.startswith(walls) or (event in _MOVE and any(wall.startswith(path) for wall in walls))
                 if inside and not path.startswith(doors) and not (event == "os.mkdir" and os.path.isdir(path)):
+                    what = f"{who} would write to {path.rstrip(os.sep)}, which is not its own"
+                    if not told:  # once: who ignores errors may try a thousand files
+                        told = True
+                        events.log(f"{what}: this was refused")
                     raise Trespass(
-                        f"{who} would write to {path.rstrip(os.sep)}, which is not its own",
-                        f"nothing was changed there; report this to the authors of {package}: a stage writes into "
-                        "`context.out` alone",
+                        what,
+                        f"this was refused; report it to the authors of {package}: a stage writes into `context.out` "
+                        "alone",
                     )
 
     sys.addaudithook(watch)
@@ -79,10 +86,11 @@ def files_of(folder: Path) -> list[Path]:
     return [*found, *(path.resolve() for path in found if path.is_symlink())]
 
 
-def _prefix(path: Path) -> str:
-    """Of a folder's own path the links are resolved, of a file's those on the way to it."""
-    real = os.path.realpath(path if path.is_dir() else path.parent)
-    return os.path.join(real if path.is_dir() else os.path.join(real, path.name), "")
+def _prefix(path: Path, follow: bool = True) -> str:
+    """Of a folder's own path the links are resolved, of a file's, and of a link's own, those on the way to it."""
+    if follow and path.is_dir():
+        return os.path.join(os.path.realpath(path), "")
+    return os.path.join(os.path.realpath(path.parent), path.name, "")
 
 
 def _real(event: str, path: Any, directory: Any) -> list[str]:

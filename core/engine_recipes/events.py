@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+#: What is sent: plain JSON with the kind under `event`, and from a build the stage's name under `stage`.
 Event = dict[str, Any]
+#: What gets events. It may be called from any thread.
 Sink = Callable[[Event], None]
 
 _sink: Sink | None = None

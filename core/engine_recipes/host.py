@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from reprlib import repr as shortened
+from reprlib import Repr, repr as shortened
 from traceback import StackSummary, TracebackException
 from typing import Any
 
@@ -30,6 +30,7 @@ class Host:
 
     def __init__(self, providers: Iterable[Provider] = ()) -> None:
         self._manager = pluggy.PluginManager(hookspecs.NAME)
+        self._providers: dict[str, Provider] = {}  # by module
         self._manager.add_hookspecs(hookspecs)
         if os.environ.get("RECIPES_TRACE", "0") != "0":
             self._manager.add_hookcall_monitoring(_trace_call, _trace_result)
@@ -59,6 +60,7 @@ class Host:
             self._manager.unregister(name=provider.module)
             reason = str(error).splitlines()[-1].strip()
             raise _unusable(provider, f"{reason}; hooks are {', '.join(sorted(_HOOKS))}") from error
+        self._providers[provider.module] = provider
 
     def resolve_checkpoint(self, provider: Provider, context: StageContext, config: Mapping[str, Any]) -> Decoder:
         """Ask a family what the model is."""
@@ -142,8 +144,9 @@ class Host:
             for answer in answers:
                 if not _is_answer(answer):
                     raise StageFailed(
-                        f"validate of {name} answered {answer!r}, which is no Check and no Measure",
-                        "report this to the authors of that plugin",
+                        f"validate of {self._providers[name]} answered {_shown(answer)}, which is no Check "
+                        "and no Measure with a name",
+                        f"report this to the authors of {self._providers[name].package}",
                     )
                 found.append(answer)
         return found
@@ -167,7 +170,10 @@ def import_problem(provider: Provider) -> str:
         found = TracebackException.from_exception(error.__cause__ or error)
         ours = (__file__, "<frozen importlib", importlib.__file__, contextlib.__file__)
         found.stack = StackSummary.from_list([frame for frame in found.stack if not frame.filename.startswith(ours)])
-        return f"{one_line(error.message)}\n{''.join(found.format(chain=False)).rstrip()}"
+        lines = list(found.format(chain=False))
+        if isinstance(error.__cause__, _Hangs):
+            lines.pop()  # its name, which says nothing to anybody
+        return f"{one_line(error.message)}\n{''.join(lines).rstrip()}"
     return ""
 
 
@@ -212,13 +218,20 @@ _HOOKS = tuple(name for name, hook in vars(hookspecs).items() if hasattr(hook, f
 
 
 def _is_answer(answer: Any) -> bool:
-    """Whether it is a Check or a Measure whose fields have their types: it must survive being written and read."""
+    """Whether it is a Check or a Measure with a name, and its fields have their types: it must survive being written
+    and read."""
     try:
         found = Findings((answer,)) if isinstance(answer, Measure) else Findings(checks=(answer,))
         Findings.from_json(found.as_json())
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError):
         return False
-    return True
+    return bool(answer.name.strip())
+
+
+def _shown(answer: Any) -> str:
+    whole = Repr()
+    whole.maxother = 200
+    return one_line(whole.repr(answer))
 
 
 def _first(results: list[Any]) -> Any:

@@ -31,14 +31,31 @@ def problems(registry: Registry, owner: Owner, store: Store) -> list[str]:
     }
     entries = [(kind, entry) for kind, names in kinds.items() for entry in names.entries.values()]
     providers = [provider(kind, entry) for kind, entry in entries if entry.owner == owner]
-    found = _try(providers, [str(place) for place in store.places]) if providers else {}
+    found = _try(providers, [str(place) for place in store.kept]) if providers else {}
     return [text for text in found.values() if text]
+
+
+def survives(provider: Provider, what: str, store: Store, gpus: str = "") -> None:
+    """That importing a module does not end the process that does. Why it cannot be imported is said by who imports it.
+
+    Args:
+        what: what it is imported for, for the message.
+        gpus: as in `launch.call`.
+
+    Raises:
+        StageFailed: it does.
+    """
+    launch.call(what, _request([provider], [str(place) for place in store.kept]), None, lambda _: None, gpus)
+
+
+def _request(providers: list[Provider], places: list[str]) -> dict[str, Any]:
+    return {"action": "import", "providers": [asdict(one) for one in providers], "protected": places}
 
 
 def _try(providers: list[Provider], places: list[str]) -> dict[str, str]:
     package = providers[0].package
-    request = {"action": "import", "providers": [asdict(one) for one in providers], "protected": places}
     try:
+        request = _request(providers, places)
         answer: dict[str, str] = launch.call(f"importing {package}", request, None, lambda _: None).value
     except RecipesError as error:  # one of them ended the process
         if len(providers) > 1:

@@ -31,18 +31,24 @@ _ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "PYTHONUNBUFFERED": "1",
 }
-#: What a worker sends -> what that has beside its name.
-_EVENTS: Mapping[str, set[str]] = {
-    "progress": {"label", "done", "total", "unit"},
-    "log": {"text"},
-    "output": {"text"},
-    "warn": {"text"},
-    "importing": {"provider"},
-    "result": {"value", "peak_rss_bytes"},
-    "error": {"kind", "message", "hint", "output"},
-    "crash": {"message"},
+_NUMBER = (int, float)
+#: What plugins may say -> what that has beside its name, and of which type.
+_SAID: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
+    "progress": {"label": str, "done": _NUMBER, "total": _NUMBER, "unit": str},
+    "log": {"text": str},
+    "output": {"text": str},
+    "warn": {"text": str},
 }
+#: The same of what the worker itself sends.
+_OWN: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
+    "importing": {"provider": str},
+    "result": {"value": object, "peak_rss_bytes": int},
+    "error": {"kind": str, "message": str, "hint": str, "output": str},
+    "crash": {"message": str},
+}
+_MOST = 1e18  # of anything that progress counts
 _LAST_LINES = 40
+_LONGEST = 2000  # characters of a line that is shown; the log has it whole
 _PATIENCE = 0.5  # seconds that processes get to end which the worker left
 _GRACE = 3.0  # seconds that a worker and its pipes get to end by themselves
 
@@ -150,23 +156,44 @@ def _listen(
 def _receive(pipe: IO[bytes], inbox: Queue[Event | None]) -> None:
     with pipe:  # closed here: a grandchild that left the session may hold it open for longer than we wait
         for line in pipe:
-            with suppress(ValueError):  # a line cut short by a kill
+            with suppress(ValueError, RecursionError):  # a line cut short by a kill, or made to be no event
                 event = json.loads(line)
-                if _is_event(event):
-                    inbox.put(event)
+                is_said = isinstance(event, dict) and "said" in event
+                read = _read(event["said"], _SAID) if is_said else _read(event, _OWN)
+                if read:
+                    inbox.put(read)
     inbox.put(None)
 
 
-def _is_event(event: Any) -> bool:
-    """Whether it is one that is known here, and whole: plugins may emit what they like."""
+def _read(event: Any, known: Mapping[str, Mapping[str, type | tuple[type, ...]]]) -> Event | None:
+    """An event as it may be shown; None if it is none that is known, or not whole: plugins may emit what they like."""
     kind = event.get("event") if isinstance(event, dict) else None
-    return isinstance(kind, str) and kind in _EVENTS and event.keys() >= _EVENTS[kind]
+    if not isinstance(kind, str) or kind not in known:
+        return None
+    read: Event = {"event": kind}
+    for name, types in known[kind].items():
+        value: Any = event.get(name)
+        if not isinstance(value, types) or (types == _NUMBER and not _counts(value)):
+            return None
+        is_text = types is str
+        read[name] = "\n".join(map(_shown, str(value).splitlines()[-_LAST_LINES:])) if is_text else value
+    return read
+
+
+def _counts(value: Any) -> bool:
+    return not isinstance(value, bool) and 0 <= value < _MOST
+
+
+def _shown(line: str) -> str:
+    """A line as a terminal may get it: not endless, and nothing in it that a terminal obeys."""
+    cut = f"{line[:_LONGEST]} …" if len(line) > _LONGEST else line
+    return errors.printable(cut)
 
 
 def _keep(pipe: IO[bytes], log: Path | None, last: deque[str]) -> None:
     with pipe:
         for line in pipe:
-            last.append(line.decode(errors="replace").rstrip())
+            last.append(_shown(line.decode(errors="replace").rstrip()))
             if log:  # opened for each line: most stages print nothing and need no file
                 with suppress(OSError), log.open("ab") as file:  # a full disk must not stop the reading
                     file.write(line)
@@ -188,7 +215,8 @@ def _answer(what: str, final: Event | str, code: int, output: str, log: Path | N
 
 def _died(code: int) -> str:
     if code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
+        names = {sign.value: sign.name for sign in signal.Signals}  # signals for programs' own use have none
+        return f"was killed by {names.get(-code, f'signal {-code}')}"
     return f"ended with exit code {code} and no result"
 
 

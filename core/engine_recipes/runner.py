@@ -19,7 +19,9 @@ from .stages import STAGES, Stage, provider
 from .store import MANIFEST, Slot, Store, note, read_json, read_manifest, size_of
 from .types import DECODER, HF_CHECKPOINT, Artifact, Findings, Provider, Report, StageContext, StageName
 
+#: How a stage went.
 StageStatus = Literal["run", "cached", "skipped", "failed"]
+#: How a build went.
 BuildStatus = Literal["built", "cached", "rejected", "failed"]
 State = tuple[int, int, int, int] | None
 
@@ -43,7 +45,15 @@ class StageResult:
 
 @dataclass(frozen=True)
 class Build:
-    """A finished build, also a failed one. `error` is why it is not usable."""
+    """A finished build, also a failed one.
+
+    Attributes:
+        plan: what was built.
+        stages: how each of them went, in order, as far as it came.
+        seconds: that all of it took.
+        report: what validation found.
+        error: why it is not usable; None if it is.
+    """
 
     plan: Plan
     status: BuildStatus
@@ -197,9 +207,9 @@ class _Walk:
 
     def produce(self, stage: Stage, slot: Slot) -> Path:
         started = time.monotonic()
-        self.tell(stage, "started")
         try:
             self.check(stage)
+            self.tell(stage, "started")
             with self.store.staging(slot) as out:
                 answer = self.work(stage, out, self.store.log_path(self.store.path(slot), slot.place))
                 seconds = time.monotonic() - started
@@ -236,6 +246,7 @@ class _Walk:
     def work(self, stage: Stage, out: Path, log: Path | None, judges: Iterable[Provider] = ()) -> Answer:
         located = self.plan.located
         assert located is not None
+        self.store.cache(self.plan.engine.name).parent.mkdir(parents=True, exist_ok=True)  # no stage may make it
         request = {
             "action": "stage",
             "providers": [asdict(provider) for provider in (judges or [stage.provider])],
@@ -247,6 +258,7 @@ class _Walk:
                 "bits": self.plan.precision.bits,
                 "gives": self.plan.precision.gives,
                 "not_compared": self.plan.not_compared,
+                "unwitnessed": self.plan.unwitnessed,
                 "cannot_run": self.plan.cannot_run,
                 "engine_options": self.plan.stage("stage2").options,
             },
@@ -275,7 +287,7 @@ class _Walk:
     def protected(self) -> list[str]:
         """What no stage may write to, but for its own folder: what others made, and the source."""
         source = confine.files_of(self.plan.located.folder) if self.plan.located else []
-        return [str(path) for path in (*self.store.places, *source)]
+        return [str(path) for path in (*self.store.kept, *source)]
 
     def content(self) -> dict[Path, dict[Path, State]]:
         """Of every folder that is read: itself, and its files."""

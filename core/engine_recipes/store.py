@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import history, staged
 from .errors import MachineError
+from .types import Provider
 
 MANIFEST = "manifest.json"
 #: Which folder of the workspace holds what a stage leaves.
@@ -110,6 +112,8 @@ class Store:
         try:
             yield folder
         finally:
+            if folder.is_symlink() or folder.is_file():
+                folder.unlink()
             shutil.rmtree(folder, ignore_errors=True)
 
     def commit(self, slot: Slot, staging: Path, manifest: Mapping[str, Any]) -> Path:
@@ -117,6 +121,7 @@ class Store:
         import shutil
 
         final = self.path(slot)
+        staged.check(staging, str(Provider(**manifest["provider"])) if "provider" in manifest else slot.label)
         files = {str(f.relative_to(staging)): f.stat().st_size for f in sorted(staging.rglob("*")) if f.is_file()}
         for name in files:
             sync(staging / name)  # or a power cut could leave a folder that only looks whole
@@ -138,6 +143,12 @@ class Store:
     def cache(self, engine: str) -> Path:
         """What an engine keeps from one build to the next; not made here."""
         return self.workspace / "caches" / engine
+
+    @property
+    def kept(self) -> list[Path]:
+        """All that is kept here, also what is not there yet. Not the workspace itself: it may be somebody's home."""
+        others = ("locks", "logs", "caches", history.NAME, "digests.json")
+        return [*self.places, *(self.workspace / name for name in others)]
 
     @property
     def places(self) -> list[Path]:

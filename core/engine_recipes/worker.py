@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from . import events, gate, leftovers
+from . import events, gate, leftovers, staged
 from .confine import confine
 from .decoder import Decoder
 from .errors import MachineError, RecipesError, RequestError, StageFailed, first_line, one_line
@@ -40,7 +40,7 @@ def main() -> None:
 
     def send(event: events.Event) -> None:
         with lock:
-            channel.write(json.dumps(event) + "\n")
+            channel.write(json.dumps(event, default=_plain) + "\n")
 
     call = json.loads(sys.stdin.buffer.readline())
     lifeline = os.dup(0)
@@ -48,9 +48,10 @@ def main() -> None:
     threading.Thread(target=_die_with_parent, args=(lifeline,), daemon=True).start()
     _confine(call)
     code = 1
-    with events.sink(send):
+    # what plugins say is wrapped: none of it can be taken for what the worker itself says
+    with events.sink(lambda event: send({"said": event})):
         try:
-            value = perform(call)
+            value = perform(call, send)
             send({"event": "result", "value": value, "peak_rss_bytes": peak_rss_bytes()})
             code = 0
         except BaseException as error:  # whatever a plugin raises: nobody interrupts a worker by an exception
@@ -64,20 +65,22 @@ def _confine(call: Mapping[str, Any]) -> None:
     """Keep what other stages made from being changed by this one."""
     contexts = [call["context"]] if "context" in call else call.get("contexts", ())
     # who is only asked has no folder to write into: `out` is where the engine may lie already
-    places = ("cache",) if call["action"] == "command" else ("out", "cache")
+    places = [] if call["action"] == "command" else ["out"]
+    if any(provider["kind"] == "engine" for provider in call["providers"]):
+        places.append("cache")  # the engine's own
     allowed = [Path(context[place]) for context in contexts for place in places]
     packages = dict.fromkeys(provider["package"] for provider in call["providers"])
     confine(call["what"], " or ".join(packages), [Path(path) for path in call.get("protected", ())], allowed)
 
 
-def perform(call: Mapping[str, Any]) -> Any:
-    """Do what the call says and return plain data."""
+def perform(call: Mapping[str, Any], send: events.Sink) -> Any:
+    """Do what the call says and return plain data. `send` gets what the caller must know before that."""
     providers = [Provider(**provider) for provider in call["providers"]]
     if call["action"] == "import":
-        return _import(providers)
+        return _import(providers, send)
     host = Host()
     for provider in providers:
-        _watched(provider, host.load)
+        _watched(provider, host.load, send)
     if call["action"] == "check":
         return _check(host, call)
     if call["action"] == "command":
@@ -96,46 +99,47 @@ def perform(call: Mapping[str, Any]) -> Any:
         return _resolve(host, providers[0], context, call)
     if context.stage == "calibrate":
         host.calibrate(providers[0], context)
-        _check_links(context.out)
+        staged.check(context.out, str(providers[0]))
         _check_data(context, call["data"])
         return _finish_calibrate(context, call["gives"])
     if context.stage == "stage1":
         host.stage1(providers[0], context)
-        _check_links(context.out)
+        staged.check(context.out, str(providers[0]))
         return _finish_stage1(context, call["gives"], providers[0])
     if context.stage == "stage2":
         told = host.stage2(providers[0], context)
-        _check_links(context.out)
+        staged.check(context.out, str(providers[0]))
         _finish_stage2(context)
         return told
     from .gate import measuring
 
     if context.stage == "baseline":
         found = measuring.record(host, providers[0], context)
+        staged.check(context.out, str(providers[0]))
     else:
         found = measuring.measure(host, providers, context, call["claims"]).as_json()
     _check_data(context, call["data"])
     return found
 
 
-def _import(providers: Sequence[Provider]) -> dict[str, str]:
+def _import(providers: Sequence[Provider], send: events.Sink) -> dict[str, str]:
     """Module -> why it cannot be used, empty if it can. All together get the time of one."""
     found: dict[str, str] = {}
     late = time.monotonic() + import_seconds()
     for provider in providers:
         if time.monotonic() < late:
-            found[provider.module] = _watched(provider, import_problem)
+            found[provider.module] = _watched(provider, import_problem, send)
     return found
 
 
-def _watched(provider: Provider, load: Callable[[Provider], T]) -> T:
+def _watched(provider: Provider, load: Callable[[Provider], T], send: events.Sink) -> T:
     """Import a provider. The caller learns whose import ends this process; one that hangs and lets no exception through
     is ended here, and the place printed."""
-    events.emit({"event": "importing", "provider": str(provider)})
+    send({"event": "importing", "provider": str(provider)})
     faulthandler.dump_traceback_later(import_seconds() + _GRACE, exit=True)
     answer = load(provider)
     faulthandler.cancel_dump_traceback_later()
-    events.emit({"event": "importing", "provider": ""})
+    send({"event": "importing", "provider": ""})
     return answer
 
 
@@ -156,21 +160,12 @@ def _resolve(host: Host, provider: Provider, context: StageContext, call: Mappin
     config = inspect(folder)
     check_architecture(config, provider.name, call["architectures"])
     decoder = host.resolve_checkpoint(provider, context, config)
+    staged.check(context.out, str(provider))
     tensors = source_tensors(folder)
     expect_tensors(decoder, tensors)
     decoder.write(context.out / DECODER)
     (context.out / "source.json").write_text(json.dumps(call["source"], indent=2, sort_keys=True), encoding="utf-8")
     return {"architecture": decoder.architecture, "parameters": decoder.parameters}
-
-
-def _check_links(out: Path) -> None:
-    """That the folder holds all there is of the artifact: it is moved, copied and kept when other things are not."""
-    for path in out.rglob("*"):
-        if path.is_symlink() and not path.resolve().is_relative_to(out.resolve()):
-            raise StageFailed(
-                f"{path.name} is a link that leads out of the stage's folder, to {path.resolve()}",
-                "report this to the authors of the plugin: files are copied, not linked",
-            )
 
 
 def _check_data(context: StageContext, digests: Mapping[str, str]) -> None:
@@ -206,6 +201,11 @@ def _finish_stage2(context: StageContext) -> None:
 
     with open_source(context.input(HF_CHECKPOINT)) as source:
         copy_tokenizer(source.folder, context.out)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON lacks: a number of numpy's as Python's, anything else as its text."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def _as_event(error: BaseException) -> events.Event:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +44,28 @@ def misbehave(context) -> None:
     if mode == "emit nonsense":
         for event in ({}, {"event": "error"}, {"event": "progress"}, {"event": "strange"}, [1], {"event": ["x"]}):
             events.emit(event)
+        events.emit({"event": "result", "value": {}, "peak_rss_bytes": 1})
+        events.emit({"event": "error", "kind": "Rejected", "message": "no", "hint": "no", "output": ""})
+        events.emit({"event": "crash", "message": "no"})
+        events.log(5)
+        events.warn(None)
+        events.progress("x", "a", "b", "c")
+        for number in (None, float("nan"), float("inf"), -1, 10**400, True, {1}):
+            events.progress("x", number, 3, "B")
+    if mode == "say much":
+        events.log(f"\x1b]0;mine\x07 {context.out} " + "x" * 3_000_000)
+        raise ValueError("y" * 3_000_000)
+    if mode == "empty the workspace":
+        shutil.rmtree(context.out.parent.parent, ignore_errors=True)
+    if mode == "swap its own":
+        elsewhere = context.out.parent.parent.parent / "elsewhere"
+        elsewhere.mkdir()
+        shutil.rmtree(context.out)
+        context.out.symlink_to(elsewhere)
+    if mode == "manifest":
+        (context.out / "manifest.json").mkdir()
+    if mode == "signal 35":
+        os.kill(os.getpid(), 35)
     if mode == "reject":
         raise Rejected("I say so")
     if mode == "strange":
