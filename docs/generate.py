@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import click
 
@@ -93,12 +93,29 @@ def hooks() -> Iterator[str]:
     titles = {name: f"{name}({', '.join(inspect.signature(spec).parameters)})" for name, spec in hook_specs().items()}
     yield "| hook | called on | in | when |\n|---|---|---|---|"
     for name, spec in hook_specs().items():
+        if lacks := lacking(spec):
+            sys.exit(
+                f"the docstring of the hook {name} lacks {', '.join(lacks)}: see hookspecs.py for those that have all"
+            )
         called = Doc(spec).called
         link = re.sub(r"[(),]", "", titles[name]).replace(" ", "-")
         yield f"| [`{titles[name]}`](#{link}) | {called['whom']} | {called['where']} | {called['when']} |"
     for name, spec in hook_specs().items():
         yield f"\n## `{titles[name]}`"
         yield from _hook(Doc(spec), inspect.signature(spec))
+
+
+def lacking(spec: Callable[..., Any]) -> list[str]:
+    """What a hook's docstring should have and has not, in words."""
+    doc, signature = Doc(spec), inspect.signature(spec)
+    demands = {
+        "a first line": doc.summary,
+        "`Called:` with `On WHOM, in WHERE, WHEN.`": doc.called,
+        f"`Args:` with {', '.join(signature.parameters)}": list(doc.items("Args")) == list(signature.parameters),
+        "`Returns:`": "Returns" in doc.sections or signature.return_annotation == "None",
+        "`Example:` with a block of Python": doc.example and "```" not in doc.example,
+    }
+    return [what for what, is_there in demands.items() if not is_there]
 
 
 def _hook(doc: Doc, signature: inspect.Signature) -> Iterator[str]:
@@ -209,33 +226,158 @@ def commands() -> Iterator[str]:
 
 
 def api() -> Iterator[str]:
-    """A directive for each public name, see https://mkdocstrings.github.io/python. Imports none of them."""
+    """For each module a line for each public name and member, then directives that the site shows docstrings for.
+
+    See https://mkdocstrings.github.io/python. Imports none of them.
+    """
     for name in engine_recipes._HOME:
-        yield f"::: engine_recipes.{name}\n"
-    for name in engine_recipes._MODULES:
-        tree = ast.parse(_source(name).read_text(encoding="utf-8"))
-        yield f"## `engine_recipes.{name}`\n\n{(ast.get_docstring(tree) or '').splitlines()[0]}\n"
+        yield from listed(name)
+    yield ""
+    yield from (f"<!-- ::: engine_recipes.{name} -->" for name in engine_recipes._HOME)
+    for module in engine_recipes._MODULES:
+        tree = ast.parse(_source(module).read_text(encoding="utf-8"))
+        yield f"\n## `engine_recipes.{module}`\n\n{_first_line(ast.get_docstring(tree))}\n"
         for member in public_names(tree):
-            yield f"::: engine_recipes.{name}.{member}\n"
+            yield from listed(f"{module}.{member}")
+        yield ""
+        yield from (f"<!-- ::: engine_recipes.{module}.{member} -->" for member in public_names(tree))
 
 
-def _source(module: str) -> Path:
-    folder = Path(engine_recipes.__file__).parent
-    package = folder / module / "__init__.py"
-    return package if package.is_file() else folder / f"{module}.py"
+def listed(name: str) -> Iterator[str]:
+    """A name and the first line of what it says of itself; under a class the same for its members."""
+    found = definition(name)
+    for line in (found, *found.members):
+        indent = "" if line is found else "  "
+        yield f"{indent}- `{line.signature}`" + (f": {line.doc}" if line.doc else "")
+
+
+def api_names() -> list[str]:
+    """All public names, as they stand behind `engine_recipes.`."""
+    modules = {m: ast.parse(_source(m).read_text(encoding="utf-8")) for m in engine_recipes._MODULES}
+    return [*engine_recipes._HOME, *(f"{m}.{name}" for m, tree in modules.items() for name in public_names(tree))]
+
+
+_Node = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+class Definition(NamedTuple):
+    """Where a public name comes from: the statement, and the file with it."""
+
+    node: _Node
+    file: Path
+
+    @property
+    def name(self) -> str:
+        """The name that the statement defines."""
+        return _defined(self.node)
+
+    @property
+    def doc(self) -> str:
+        """The first line of its docstring; of a constant, the first sentence of the `#:` comment above it."""
+        if isinstance(self.node, (*_FUNCTIONS, ast.ClassDef)):
+            return _first_line(ast.get_docstring(self.node))
+        lines = self.file.read_text(encoding="utf-8").splitlines()[: self.node.lineno - 1]
+        comment: list[str] = []
+        while lines and (line := lines.pop().strip()).startswith("#:"):
+            comment.insert(0, line.removeprefix("#:").strip())
+        return re.split(r"(?<=[.:]) ", " ".join(comment))[0].rstrip(":")
+
+    @property
+    def members(self) -> list[Definition]:
+        """The public methods and properties that a class itself defines."""
+        body = self.node.body if isinstance(self.node, ast.ClassDef) else []
+        return [Definition(n, self.file) for n in body if isinstance(n, _FUNCTIONS) and not n.name.startswith("_")]
+
+    @property
+    def fields(self) -> list[ast.AnnAssign]:
+        """The public attributes that a class declares."""
+        body = self.node.body if isinstance(self.node, ast.ClassDef) else []
+        return [n for n in body if isinstance(n, ast.AnnAssign) and not _defined(n).startswith("_")]
+
+    @property
+    def signature(self) -> str:
+        """How it is called, or what it is, in Python."""
+        node = self.node
+        if isinstance(node, ast.ClassDef):
+            return f"class {self._class(node)}"
+        if not isinstance(node, _FUNCTIONS):
+            value = ast.unparse(node.value) if node.value else "…"
+            return f"{self.name} = {value}" if len(value) <= 80 else self.name
+        returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+        if any(ast.unparse(d) in ("property", "cached_property") for d in node.decorator_list):
+            return f"{self.name}{returns}"
+        return f"{self.name}({_arguments(node)}){returns}"
+
+    def _class(self, node: ast.ClassDef) -> str:
+        init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+        if init:
+            return f"{node.name}({_arguments(init)})"
+        if any(ast.unparse(decorator).startswith("dataclass") for decorator in node.decorator_list):
+            return f"{node.name}({', '.join(ast.unparse(field) for field in self.fields)})"
+        bases = ", ".join(ast.unparse(base) for base in node.bases)
+        return f"{node.name}({bases})" if bases else node.name
+
+
+def _arguments(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    return re.sub(r"^(self|cls)(, |$)", "", ast.unparse(node.args))
+
+
+def _defined(node: ast.AST) -> str:
+    """The name that a statement defines; empty if it defines none."""
+    if isinstance(node, (*_FUNCTIONS, ast.ClassDef)):
+        return node.name
+    target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else 0
+    return target.id if isinstance(target, ast.Name) else ""
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").partition("\n")[0]
+
+
+def definition(name: str) -> Definition:
+    """The statement that defines a public name, through all modules that only pass it on.
+
+    Raises:
+        LookupError: there is none.
+    """
+    module, _, last = name.rpartition(".")
+    file = _source(module or engine_recipes._HOME[last])
+    while True:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in _statements(tree):
+            if _defined(node) == last:
+                return Definition(cast("_Node", node), file)
+        froms = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.level]
+        passed = [node for node in froms if last in [alias.asname or alias.name for alias in node.names]]
+        if not passed:
+            raise LookupError(f"engine_recipes.{name} is not defined in {file}")
+        folder = file.parents[passed[0].level - 1]
+        file = _source((passed[0].module or "").replace(".", "/"), folder)
+
+
+def _source(module: str, folder: Path = Path(engine_recipes.__file__).parent) -> Path:
+    path = folder / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def _statements(module: ast.Module) -> Iterator[ast.stmt]:
+    """A module's statements, also those for type checkers alone: of an alias they have the exact type."""
+    for node in module.body:
+        yield node
+        if isinstance(node, ast.If):
+            yield from node.body
 
 
 def public_names(module: ast.Module) -> list[str]:
-    """What a module's `__all__` says, or the functions, classes and constants that it defines without an underscore."""
+    """What a module's `__all__` says, or all that it defines without an underscore."""
     names: list[str] = []
-    for node in module.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names.append(node.name)
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            if node.targets[0].id == "__all__":
-                return list(ast.literal_eval(node.value))
-            names += [node.targets[0].id] if node.targets[0].id.isupper() else []
-    return [name for name in names if not name.startswith("_")]
+    for node in _statements(module):
+        name = _defined(node)
+        if name == "__all__":
+            return list(ast.literal_eval(cast("ast.Assign", node).value))
+        names += [name] if name and not name.startswith("_") else []
+    return list(dict.fromkeys(names))
 
 
 PARTS: dict[str, Callable[[], Iterator[str]]] = {

@@ -57,6 +57,7 @@ def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
         module = ROOT / "core" / "engine_recipes" / name[1] / f"{name[2]}.py"
         return f"{name[0]}.{name[2]}" if module.is_file() else name[0]
 
+    markdown = re.sub(r"^<!-- (::: .+) -->$", r"\1", markdown, flags=re.M)  # only the site shows docstrings in full
     parts = _NAME.sub(inside, markdown).split("```")  # code is left as it is
     parts[::2] = [_LINK.sub(moved, part) for part in parts[::2]]
     return "```".join(parts)

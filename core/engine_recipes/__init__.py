@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         testing as testing,
     )
     from .api import Loaded as Loaded, build as build, load as load, plan as plan
-    from .decoder import Decoder as Decoder, from_hf as from_hf
+    from .decoder import Decoder as Decoder, Json as Json
     from .errors import (
         Interrupted as Interrupted,
         MachineError as MachineError,
@@ -29,8 +29,17 @@ if TYPE_CHECKING:
         RequestError as RequestError,
         StageFailed as StageFailed,
     )
+    from .events import Event as Event
+    from .hf_config import from_hf as from_hf
     from .hookspecs import hookimpl as hookimpl
-    from .runner import How as How
+    from .planning import Plan as Plan
+    from .runner import (
+        Build as Build,
+        BuildStatus as BuildStatus,
+        How as How,
+        StageResult as StageResult,
+        StageStatus as StageStatus,
+    )
     from .sources.local import hub_cache as hub_cache
     from .sources.texts import read_texts as read_texts
     from .space import require_room as require_room
@@ -46,6 +55,8 @@ if TYPE_CHECKING:
         Runtime as Runtime,
         Sampling as Sampling,
         StageContext as StageContext,
+        StageName as StageName,
+        Value as Value,
         Verdict as Verdict,
     )
 
@@ -55,7 +66,9 @@ _HOME = {
     "load": "api",
     "plan": "api",
     "Decoder": "decoder",
-    "from_hf": "decoder",
+    "Json": "decoder",
+    "Event": "events",
+    "from_hf": "hf_config",
     "Interrupted": "errors",
     "MachineError": "errors",
     "RecipesError": "errors",
@@ -63,7 +76,12 @@ _HOME = {
     "RequestError": "errors",
     "StageFailed": "errors",
     "hookimpl": "hookspecs",
+    "Plan": "planning",
+    "Build": "runner",
+    "BuildStatus": "runner",
     "How": "runner",
+    "StageResult": "runner",
+    "StageStatus": "runner",
     "hub_cache": "sources.local",
     "read_texts": "sources.texts",
     "require_room": "space",
@@ -78,6 +96,8 @@ _HOME = {
     "Runtime": "types",
     "Sampling": "types",
     "StageContext": "types",
+    "StageName": "types",
+    "Value": "types",
     "Verdict": "types",
 }
 _MODULES = ("calibration", "checkpoint", "checks", "events", "rope", "stepping", "testing")

@@ -11,17 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from . import events
 from .decoder import Decoder
 from .errors import RequestError
+from .stepping import Integers
 from .tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 #: Roles of the linear layers of a decoder layer that read the same input, see `Decoder.names`.
 SAME_INPUT = (("q", "k", "v"), ("dense",), ("gate", "up"), ("down",))

@@ -21,6 +21,7 @@ from .types import Check, Measure, Report, Runtime, StageContext, Value
 
 NAME = "engine_recipes"
 hookspec = pluggy.HookspecMarker(NAME)
+#: Marks a plugin's function as an implementation of the hook of its name.
 hookimpl = pluggy.HookimplMarker(NAME)
 
 

@@ -16,8 +16,12 @@ from .types import Sampling
 if TYPE_CHECKING:
     import numpy as np
 
+    #: A float32 array of any shape, of logits for the most part.
     Floats = np.ndarray[Any, np.dtype[np.float32]]
+    #: An int64 array of any shape, of token ids for the most part.
     Integers = np.ndarray[Any, np.dtype[np.int64]]
+else:  # numpy is not loaded for names of types
+    Floats = Integers = Any
 
 #: Tokens a run takes at most, of all sequences: attention scores need heads × CHUNK × cache × 4 bytes at once, and
 #: logits CHUNK × vocabulary × 4, 300 MB at 150,000 words.

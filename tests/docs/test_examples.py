@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,11 +14,24 @@ import pytest
 import engine_recipes
 import tiny
 from conftest import Recipes, install, package
-from engine_recipes import Artifact, Check, Report, RequestError, Sampling, StageContext, checkpoint, testing
+from engine_recipes import (
+    Artifact,
+    Check,
+    Report,
+    RequestError,
+    Sampling,
+    StageContext,
+    checkpoint,
+    hookspecs,
+    testing,
+)
 from engine_recipes.host import Host
 from engine_recipes.runner import Build
 from engine_recipes.types import Provider
 
+HOOKS = [name for name, spec in vars(hookspecs).items() if hasattr(spec, f"{hookspecs.NAME}_spec")]
+#: Which hooks the build calls, in workers; their tests look at what came of it.
+BY_BUILD = {"resolve_checkpoint", "calibrate", "stage1", "stage2", "load_source", "validate"}
 REGISTRY = """\
 api = 1
 
@@ -59,14 +73,25 @@ fail = 2.0
 
 
 @pytest.fixture(scope="module")
-def folder(generate: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package: each example goes into the module that its first line names."""
+def calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with the names of the hooks that were called, in this process and in workers."""
+    file = tmp_path_factory.mktemp("calls") / "hooks"
+    file.touch()
+    return file
+
+
+@pytest.fixture(scope="module")
+def folder(generate: ModuleType, calls: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package: each example goes into the module that its first line names, with a line that notes each call."""
     modules: dict[str, str] = {}
-    for spec in generate.hook_specs().values():
+    for name, spec in generate.hook_specs().items():
         example = generate.Doc(spec).example
         stem = example.partition(".py")[0].removeprefix("# engine_recipes_acme/")
         assert stem.isidentifier(), example
-        modules[stem] = modules.get(stem, "") + example
+        note = f'    with open({str(calls)!r}, "a") as noted:\n        noted.write("{name}\\n")\n'
+        body = re.sub(rf"(@hookimpl\ndef {name}\(.*:\n)", lambda head, note=note: head[1] + note, example)
+        assert body != example
+        modules[stem] = modules.get(stem, "") + body
     return package(tmp_path_factory.mktemp("acme"), "engine-recipes-acme", REGISTRY, **modules)
 
 
@@ -92,6 +117,15 @@ def built(folder: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(autouse=True)
 def acme(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, folder)
+
+
+@pytest.fixture(autouse=True)
+def called(request: pytest.FixtureRequest, calls: Path, acme: None) -> Iterator[None]:
+    """A test named for a hook calls it: itself, or by the build that it looks at."""
+    hook = next(name for name in HOOKS if request.node.name.startswith(f"test_{name}_"))
+    before = 0 if hook in BY_BUILD and "built" in request.fixturenames else len(calls.read_text())
+    yield
+    assert hook in calls.read_text()[before:].split(), f"{request.node.name} did not call {hook}"
 
 
 def provider(module: str) -> Provider:
