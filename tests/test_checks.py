@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +46,15 @@ def test_one_number_that_is_none_fails_and_ends_the_matter() -> None:
     (only,) = judge_numbers(Summing(piece=1, fault="breaks"), "float32", ())
     assert (only.name, only.verdict) == ("logits are finite", "fail")
     assert only.value and only.value >= 1
+
+
+def test_an_engine_that_hides_its_logits_is_not_judged_by_them() -> None:
+    class Hiding(Summing):
+        def logits(self, ids: Sequence[int]) -> Any:
+            return None
+
+    (only,) = judge_numbers(Hiding(), "float32", ())
+    assert (only.name, only.verdict) == ("logits are finite", "not run")
 
 
 def test_an_engine_for_short_sequences_is_judged_on_what_it_takes() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from .stepping import Stepper
 from .tokenizer import Tokenizer
@@ -30,12 +31,17 @@ def judge_numbers(runtime: Stepper, compute: str, rounding: Iterable[str]) -> li
         runtime: a loaded engine.
         compute: the type that it computes with, a key of CACHE_LIMITS.
         rounding: types that activations or the cache are rounded to, keys of ROUNDING_LIMITS.
+
+    Returns:
+        Two checks; one, if there is nothing to compare: the logits are no numbers, or the engine hides them.
     """
     import numpy as np
 
     count = min(SAMPLE, runtime.max_seq_len)
     ids = np.random.default_rng(0).integers(runtime.vocab_size, size=count).tolist()
-    at_once = runtime.logits(ids)  # [count, vocabulary]
+    at_once: Any = runtime.logits(ids)  # [count, vocabulary]
+    if at_once is None:
+        return [Check("logits are finite", "not run", note="the engine gives no logits")]
     broken = int(np.size(at_once) - np.isfinite(at_once).sum())
     finite = Check("logits are finite", "fail" if broken else "pass", value=broken, limit=0, note="NaN or infinite")
     if broken:

@@ -17,8 +17,11 @@ from .errors import RequestError
 if TYPE_CHECKING:
     import numpy as np
 
+#: What an option may be: of these types in TOML, in `--set` and in a hook's `context.options`.
 Value = str | int | float | bool
+#: The stages of a build, in order.
 StageName = Literal["resolve", "calibrate", "stage1", "stage2", "baseline", "validate"]
+#: What a check, and a whole report, comes to.
 Verdict = Literal["pass", "warn", "fail", "not run"]
 
 #: Artifact kinds that core and the built-in plugins use. A plugin may add its own.
@@ -249,8 +252,15 @@ def _number(value: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Report:
-    """The judgement of one engine. `layers` and `seconds` as in Findings; `accepted` is why it is used although it
-    failed."""
+    """The judgement of one engine.
+
+    Attributes:
+        verdict: of all checks together.
+        metrics: a metric of the registry, `mean_kl` -> its number.
+        checks: everything that was judged, with its limit.
+        samples, layers, seconds: as in `Findings`.
+        accepted: why the engine is used although it failed; empty: it is not, or it did not fail.
+    """
 
     verdict: Verdict = "not run"
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -301,7 +311,11 @@ class Sampling:
 class Runtime(Protocol):
     """A loaded engine. Works on token ids; text is the tokenizer's business.
 
-    It may have an attribute `max_seq_len`: most tokens of a prompt and its answer.
+    Several generations may be open at once, of one engine or of several: each has a cache of its own and says what it
+    says alone. They come from one thread at a time. `engine_recipes.stepping.Stepper` keeps that.
+
+    It may have an attribute `max_seq_len`, most tokens of a prompt and its answer, and `generate_batch`, see
+    `Stepper.generate_batch`.
     """
 
     def generate(self, prompt: Sequence[int], sampling: Sampling, stop: frozenset[int] = frozenset()) -> Iterator[int]:
@@ -309,7 +323,10 @@ class Runtime(Protocol):
         ...
 
     def logits(self, ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]] | None:
-        """Next-token logits for every position, float32 [len(ids), vocabulary]; None if the engine hides them."""
+        """Next-token logits for every position, float32 [len(ids), vocabulary]; None if the engine hides them.
+
+        The array is the caller's: nothing that runs later changes it.
+        """
         ...
 
     def close(self) -> None:

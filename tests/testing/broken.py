@@ -24,6 +24,8 @@ FAMILIES = {
     "other-rope": "return from_hf(config, rope_theta=10.0)",
     "unknown": "return from_hf(config)",
     "noting": "(Path.home() / 'notes.txt').write_text('x'); return from_hf(config)",
+    "window-blind": "return from_hf({k: v for k, v in config.items() if k != 'sliding_window'})",
+    "own-epsilon": "return from_hf(config, norm_epsilon=1e-5)",
     "renaming": "return from_hf(config, architecture='OtherForCausalLM')",
 }
 
@@ -57,6 +59,11 @@ PRECISIONS = {
     "open-ended": ("", ""),
     "whole": ("tp_size = 1", ""),
     "unkeyed": ("", "config['unkeyed'] = unkeyed"),
+    "locking": ("", "(context.out / 'config.json.lock').write_text('')"),
+    "half-right": ("edit = None if context.options['bits'] == 8 else lambda name, rows: rows[::-1].copy()", ""),
+    "third": ("", "config['device'] = context.options['device'] == 'tpu'"),
+    "wide": ("", ""),
+    "choosy": ("", ""),
     "own-noting": ("open(__file__ + '.txt', 'w').write('x')", ""),
     "parent": ("subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)", ""),
     "hiding": (
@@ -67,6 +74,54 @@ PRECISIONS = {
 }
 
 UNKEYED = 'unkeyed = { default = 0, min = 0, keyed = false, help = "workers" }'
+OPTIONS = {
+    "open-ended": "level = 3",
+    "unkeyed": UNKEYED,
+    "half-right": 'bits = { default = 8, choices = [8, 4], help = "of each weight" }',
+    "third": 'device = { default = "auto", choices = ["auto", "cpu", "tpu"], keyed = false, help = "where" }',
+}
+REFUSING = """
+
+@hookimpl
+def check_decoder(decoder):
+    if decoder.hidden_size % {multiple} or not decoder.tied:
+        raise RequestError("tied models with rows of {multiple} are needed", "use another model")
+"""
+
+CALIBRATION = """
+import os
+
+from engine_recipes import checkpoint, hookimpl
+
+
+@hookimpl
+def calibrate(context):
+    rows = context.options.get("rows", 1)
+    numbers = {{"model.embed_tokens.weight.seen": [{number}]}}
+    checkpoint.write_statistics(context.out, numbers, {{"method": "none"}})
+    {after}
+"""
+#: Name -> the number that is measured, what is done then. No precision names them.
+CALIBRATIONS = {
+    "random": ("float(int.from_bytes(os.urandom(4), 'big'))", ""),
+    "by-rows": ("float(rows)", ""),
+    "lingering": ("1.0", "import subprocess; subprocess.Popen(['sleep', '60'], start_new_session=True)"),
+}
+ROWS = 'rows = { default = 1, min = 1, keyed = false, help = "at a time" }'
+
+REFERENCE = """
+from engine_recipes import hookimpl
+
+
+@hookimpl
+def load_source(context):
+    from engine_recipes_engines import onnxruntime
+
+    runtime = onnxruntime.load_source(context)
+    real = runtime.logits
+    runtime.logits = lambda ids: real(ids)[:, ::-1]
+    return runtime
+"""
 
 ENGINE = """
 import json
@@ -185,6 +240,98 @@ ENGINES = {
     def logits(self, ids):
         return self.real.logits(ids) + ids[-1]
 """),
+    "one-stop": ("", "", """
+    def generate(self, prompt, sampling, stop=frozenset()):
+        return self.real.generate(prompt, sampling, frozenset(sorted(stop)[:1]))
+"""),
+    "zero-is-none": ("", "", """
+    def generate(self, prompt, sampling, stop=frozenset()):
+        sampling = replace(sampling, seed=sampling.seed or time.monotonic_ns() % 2**32)
+        return self.real.generate(prompt, sampling, stop)
+"""),
+    "lukewarm": ("", "", """
+    def generate(self, prompt, sampling, stop=frozenset()):
+        return self.real.generate(prompt, replace(sampling, temperature=1.0 * (sampling.temperature > 0)), stop)
+"""),
+    "greedy": ("", "", """
+    def generate(self, prompt, sampling, stop=frozenset()):
+        return self.real.generate(prompt, replace(sampling, temperature=0.0), stop)
+"""),
+    "stale": ("", "", """
+    def generate(self, prompt, sampling, stop=frozenset()):
+        seen = self.__dict__.setdefault("seen", {})
+        return self.real.generate(seen.setdefault(tuple(prompt[:4]), prompt), sampling, stop)
+"""),
+    "global": ("", "", """
+    def __init__(self, real, folder):
+        self.real = Runtime.latest = real
+
+    def generate(self, prompt, sampling, stop=frozenset()):
+        return Runtime.latest.generate(prompt, sampling, stop)
+"""),
+    "one-cache": ("", "", """
+    def generate(self, prompt, sampling, stop=frozenset()):
+        self.fed = list(prompt)
+        for _ in range(sampling.max_tokens):
+            self.fed += self.real.generate(self.fed, Sampling(max_tokens=1))
+            yield self.fed[-1]
+"""),
+    "echoing": ("", "", """
+    def generate_batch(self, prompts, sampling):
+        for token in self.real.generate(prompts[0], sampling):
+            yield [token] * len(prompts)
+"""),
+    "buffering": ("", "", """
+    def logits(self, ids):
+        rows = self.real.logits(ids)
+        self.buffer = self.__dict__.get("buffer", rows)
+        self.buffer[: len(rows)] = rows
+        return self.buffer if len(rows) == len(self.buffer) else rows
+"""),
+    "appending": ("", "", """
+    def generate(self, prompt, sampling, stop=frozenset()):
+        for token in self.real.generate(list(prompt), sampling, stop):
+            prompt.append(token)
+            yield token
+"""),
+    "short-sighted": ("", "", """
+    def logits(self, ids):
+        rows = self.real.logits(ids)
+        if len(ids) > 64:
+            rows[64:] = self.real.logits(ids[32:])[32:]
+        return rows
+"""),
+    "even-only": ("", "", """
+    def logits(self, ids):
+        rows = self.real.logits(ids)
+        return rows if rows.shape[1] % 2 == 0 else rows[:, ::-1].copy()
+"""),
+    "secretive": ("onnxruntime.stage2(changed(context, rotary_base=10.0))", "", """
+    def logits(self, ids):
+        return None
+"""),
+    "first-rank": (
+        "(context.inputs[0].path / 'rank1.safetensors').exists() and"
+        " onnxruntime.stage2(changed(context, norm_epsilon=0.5))",
+        "",
+        "",
+    ),
+    "float16-only": (
+        "'bfloat16' in (context.inputs[0].path / 'config.json').read_text() and"
+        " onnxruntime.stage2(changed(context, norm_epsilon=0.5))",
+        "",
+        "",
+    ),
+    "rounding": ("", "", """
+    def logits(self, ids):
+        return self.real.logits(ids).astype("float32").round(2)
+"""),
+    "choosy": ("", "", """
+@hookimpl
+def check_decoder(decoder):
+    if not decoder.qkv_bias:
+        raise RequestError("q without a bias is not known", "use models with one")
+"""),
 }  # fmt: skip
 
 
@@ -200,8 +347,16 @@ def write(folder: Path) -> Path:
         lines += [f"[precisions.{name}]", f'module = "engine_recipes_broken.{module}"']
         lines += ['algorithm = "W8A16"'] * (name == "mislabelled")
         option = 'tp_size = { default = 1, min = 1, help = "ranks" }'
-        option = {"open-ended": "level = 3", "unkeyed": UNKEYED}.get(name, option)
-        lines += [f"[precisions.{name}.options]", option]
+        lines += [f"[precisions.{name}.options]", OPTIONS.get(name, option)]
+        modules[module] += {"wide": REFUSING.format(multiple=192), "choosy": REFUSING.format(multiple=128)}.get(
+            name, ""
+        )
+    for name, (number, after) in CALIBRATIONS.items():
+        modules[module := f"calibration_{name.replace('-', '_')}"] = CALIBRATION.format(number=number, after=after)
+        lines += [f"[calibrations.{name}]", f'module = "engine_recipes_broken.{module}"']
+        lines += [f"[calibrations.{name}.options]", ROWS]
+    modules["reference"] = REFERENCE
+    lines += ["[references.mirrored]", 'module = "engine_recipes_broken.reference"']
     for name, (stage2, load, methods) in ENGINES.items():
         modules[module := f"engine_{name.replace('-', '_')}"] = ENGINE.format(stage2=stage2, load=load, methods=methods)
         lines += [f"[engines.{name}]", f'module = "engine_recipes_broken.{module}"']

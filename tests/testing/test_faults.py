@@ -12,8 +12,10 @@ import pytest
 
 from conftest import install, package
 from engine_recipes import testing
+from engine_recipes.testing import folders
 from engine_recipes.testing.lab import Lab
 from engine_recipes.testing.processes import left_over
+from engine_recipes.testing.suite import without_ours
 from testing import broken
 
 #: Case -> what its failure says.
@@ -22,6 +24,8 @@ FAULTS = {
     "family careless: answers a strange config with an error": "without hidden_act: KeyError",
     "family moody: describes its configs": "twice gives two descriptions",
     "family other-rope: agrees with transformers": "of their spread away from transformers'",
+    "family window-blind: leaves out no key of its configs": "with sliding_window = 8 in its config the model is desc",
+    "family own-epsilon: leaves out no key of its configs": "with rms_norm_eps = 2e-05 in its config transformers comp",
     "family unknown: describes its configs": r'give conformance\(…, configs=\{"unknown"',
     "precision dated: two builds give the same bytes": "differ in config.json: time",
     "precision messy: keeps to its folder and says what it made": "here/notes.txt",
@@ -31,6 +35,14 @@ FAULTS = {
     "precision open-ended: refuses bad options when planned": "level=-1000000000 is accepted",
     "precision whole: split parts join to the whole": "tp_size 2: there are 1 rank files, not 2",
     "precision unkeyed: options that are in no key change no bytes": "with unkeyed = 1 and without differ in config",
+    "precision locking: keeps to its folder and says what it made": r"leaves config.json.lock in context.out",
+    "precision half-right: stays close to the source": "with bits = 4, its logits are",
+    "precision third: options that are in no key change no bytes": "with device = tpu and without differ in config",
+    "precision wide: two builds give the same bytes": r"refuses every tiny model:(.|\n)*configs=\{\"wide\": \[CONFIG",
+    "calibration random: measures the same twice in its folder": "two runs of the same differ in statistics",
+    "calibration by-rows: options that are in no key change no bytes": "with calib.rows = 2 and without differ",
+    "calibration lingering: measures the same twice in its folder": "after the stage has ended:",
+    "reference mirrored: computes what others compute": "logits are .* away from those of transformers",
     "precision own-noting: keeps to its folder and says what it made": "precision_own_noting.py.txt",
     "family noting: keeps to its folder when it describes": "home/notes.txt",
     "engine moody: two builds give the same bytes": 'differ in extra.bin: .*skip={"engine moody: two builds',
@@ -54,6 +66,22 @@ FAULTS = {
     "engine late: computes or refuses early every algorithm": "can be planned, and stage2 then says: no quantised",
     "engine unbound: keeps to its folder and says what it was built with": "binds acme-runtime, and the manifest does",
     "engine closing-once: two work at once and close twice": "AttributeError",
+    "engine one-stop: stops where it is told to": r"stop is \[0, .* which end before it",
+    "engine zero-is-none: samples by its seed": "the same seed gives two answers: 0 was",
+    "engine lukewarm: samples by its seed": "are logits divided by the temperature",
+    "engine greedy: samples by its seed": "five seeds at temperature 1 give 1 answers",
+    "engine stale: generates what its logits say": "does it take more of their cache than is theirs",
+    "engine global: two work at once and close twice": "engines of two models loaded, the one loaded first says",
+    "engine one-cache: two work at once and close twice": "two generations of one engine .* disturb each other",
+    "engine echoing: says in a batch what each prompt says alone": "this is prompt 1 of a batch, alone it says",
+    "engine buffering: gives the same logits twice": "give the caller an array, no view of a buffer",
+    "engine appending: generates what its logits say": "generate changes the list that it is given",
+    "engine short-sighted: agrees with the source": "on a tiny plain model logits are",
+    "engine even-only: computes or refuses early what few models say": "model with 251 words logits are",
+    "engine secretive: agrees with the source": "plain model, after .* tokens, its greedy answer is .* the source's is",
+    "engine first-rank: computes or refuses early what few models say": "model that is split for tp_size 2 logits",
+    "engine float16-only: computes or refuses early every algorithm": "model in bf16 .* logits are",
+    "engine rounding: agrees with the source": r"if that is how it rounds: conformance\(…, tolerance=\{\"fp16\": 0.01",
     "engine peeking: later tokens do not change earlier logits": "first 10 logits change by",
 }
 
@@ -67,8 +95,40 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, tes
         yield {case.id: case for case in testing.cases("engine-recipes-broken", configs=configs)}
 
 
+def test_a_precision_is_tried_on_a_model_that_it_takes(cases: Mapping[str, testing.Case]) -> None:
+    cases["precision choosy: two builds give the same bytes"]()
+
+
+def test_a_stage_that_ends_just_before_it_is_killed_is_no_fault(
+    cases: Mapping[str, testing.Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, met = folders._wait_for_the_stage, []
+
+    def late(child: subprocess.Popen[bytes], *arguments: Any) -> int | None:
+        met.append(worker := real(child, *arguments))
+        if len(met) < 3:
+            child.wait()
+        return worker
+
+    monkeypatch.setattr(folders, "_wait_for_the_stage", late)
+    cases["precision dated: a killed stage leaves nothing behind"]()
+    assert len(met) > 2
+
+
+def test_a_workers_traceback_shows_the_plugins_own_code_alone() -> None:
+    frames = [f'  File "{file}", line 3, in f\n    here()\n    ^^^^^^' for file in (folders.__file__, "acme/acme.py")]
+    output = "\n".join(["Traceback (most recent call last):", *frames, "KeyError: 'x'", "stage1 of acme failed"])
+    shown = without_ours(output, "stage1 of acme failed")
+    assert shown == "\n".join(["Traceback (most recent call last):", frames[1], "KeyError: 'x'"])
+
+
 def test_a_description_may_say_another_architecture_than_its_config(cases: Mapping[str, testing.Case]) -> None:
     cases["family renaming: knows its architectures"]()
+
+
+def test_an_engine_is_tried_on_a_model_that_it_takes(cases: Mapping[str, testing.Case]) -> None:
+    for case in ("generates what its logits say", "two work at once and close twice", "agrees with the source"):
+        cases[f"engine choosy: {case}"]()
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -209,7 +269,8 @@ def test_a_pattern_skips_cases_and_says_why(toy: None) -> None:
     mark = testing.conformance("engine-recipes-toy", skip={"engine *: *": "the toy is no model"})
     (name, found), ids = mark.args, mark.kwargs["ids"]
     assert name == "case"
-    assert ids == [case.id for case in found]
+    assert [id.replace("-", " ") for id in ids] == [case.id.replace(": ", ":").replace("-", " ") for case in found]
+    assert not [id for id in ids if " " in id]
     skipped = [case for case in found if case.id.startswith("engine echo: ")]
     assert len(skipped) > 10
     with pytest.raises(pytest.skip.Exception, match="the toy is no model"):

@@ -165,6 +165,12 @@ def transformers_says(say: Say, folders: list[str], ids: dict[str, list[int]], o
         except (ValueError, KeyError) as error:
             found[name] = {"unknown": str(error).strip().splitlines()[0]}
             continue
+        except Exception as error:  # libraries of others: no list says what they raise
+            said = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            raise ValueError(
+                f"transformers does not make a model of this config.json: {said}. A key that it lacks has a default"
+                " for large models (pad_token_id, rope, heads): put the key into your config"
+            ) from None
         tensors = source_tensors(Path(out, f"{name}-fresh"))
         found[name] = {"shapes": {tensor: list(info.shape) for tensor, (_, info) in tensors.items()}}
         try:
@@ -177,18 +183,85 @@ def transformers_says(say: Say, folders: list[str], ids: dict[str, list[int]], o
     return found
 
 
+def keys_that_matter(say: Say, folders: list[str], ids: dict[str, list[int]]) -> dict[str, dict[str, list[Any]]]:
+    """By folder with a config.json: key -> values with which transformers computes another model of random weights.
+
+    Tried are numbers and booleans of the config and of its class's defaults, one at a time; what cannot be loaded is
+    left out, and so are all of a model that transformers does not know.
+    """
+    say("importing transformers")
+    from transformers import AutoConfig, PretrainedConfig
+
+    found: dict[str, dict[str, list[Any]]] = {}
+    for folder in map(Path, folders):
+        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        matter = found[folder.name] = {}
+        try:
+            known = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+            base, weights = _computed(folder, said, ids[folder.name], None)
+        except Exception:  # libraries of others: no list says what they raise
+            continue
+        defaults = {key: value for key, value in known.items() if key not in PretrainedConfig().to_dict()}
+        for key, value in {**defaults, **said}.items():
+            say(f"changing {key} of {said['architectures']}")
+            for other in _other_values(value):
+                try:
+                    logits, _ = _computed(folder, {**said, key: other}, ids[folder.name], weights)
+                except Exception:
+                    continue
+                if logits is None or abs(logits - base).max() > 1e-5 * base.std():
+                    matter.setdefault(key, []).append(other)
+    return found
+
+
+def _other_values(value: Any) -> list[Any]:
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [2 * value, value // 2, 2] if value else [2]
+    if isinstance(value, float):
+        return [2 * value, value / 2] if value else [0.5]
+    return [2] if value is None else []
+
+
+def _computed(folder: Path, config: Mapping[str, Any], ids: list[int], weights: Any) -> tuple[Any, Any]:
+    """Logits of transformers, and the weights; None for both if the model has other tensors than `weights`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    changed = folder / "changed"
+    changed.mkdir(exist_ok=True)
+    (changed / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    read = AutoConfig.from_pretrained(changed, local_files_only=True)
+    model = AutoModelForCausalLM.from_config(read, dtype=torch.float32).eval()
+    if weights is None:
+        torch.manual_seed(0)
+        for tensor in model.parameters():
+            torch.nn.init.normal_(tensor, 1.0 if tensor.dim() == 1 else 0.0, 0.05)
+        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if {name: tensor.shape for name, tensor in model.state_dict().items()} != {n: t.shape for n, t in weights.items()}:
+        return None, None
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]))[0].float()
+    if not logits.isfinite().all():
+        raise ValueError("no numbers come out")
+    return logits, weights
+
+
 def keys(say: Say, recipe: dict[str, Any], workspace: str) -> dict[str, str]:
     """Stage -> key, as this process makes them."""
     from ..api import Setup
+    from . import stand_in
     from .building import Recipe, plan
 
-    return {stage.name: stage.key for stage in plan(Recipe(**recipe), Setup(Path(workspace))).stages}
+    return {stage.name: stage.key for stage in plan(Recipe(**recipe), stand_in.add(Setup(Path(workspace)))).stages}
 
 
 def build(say: Say, recipe: dict[str, Any], workspace: str, until: Any, pids: str) -> dict[str, str]:
     """Build; write the id of every process that is started for it to the file `pids`. What came of it."""
     from ..api import Setup
-    from . import building
+    from . import building, stand_in
 
     real = subprocess.Popen
 
@@ -201,7 +274,7 @@ def build(say: Say, recipe: dict[str, Any], workspace: str, until: Any, pids: st
     subprocess.Popen = recorded  # type: ignore[assignment,misc]
     say("building")
     try:
-        building.build(building.Recipe(**recipe), Setup(Path(workspace)), until)
+        building.build(building.Recipe(**recipe), stand_in.add(Setup(Path(workspace))), until)
     except RecipesError as error:
         return {"error": type(error).__name__, "message": error.message, "hint": error.hint}
     return {}
@@ -232,5 +305,14 @@ def load_damaged(
 
 ACTIONS: Mapping[str, Callable[..., Any]] = {
     function.__name__: function
-    for function in (import_modules, list_names, strange_configs, transformers_says, keys, build, load_damaged)
+    for function in (
+        import_modules,
+        list_names,
+        strange_configs,
+        transformers_says,
+        keys_that_matter,
+        keys,
+        build,
+        load_damaged,
+    )
 }

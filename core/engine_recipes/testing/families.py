@@ -11,15 +11,17 @@ from .. import stages
 from ..checkpoint import check_split, convert, layout, source_shapes
 from ..checkpoint.safetensors import SafeFile
 from ..checkpoint.source import SourceCheckpoint
-from ..decoder import Decoder, architecture_of
+from ..decoder import Decoder
 from ..entries import Family
 from ..errors import RequestError
+from ..hf_config import architecture_of
 from .building import Recipe
 from .faults import Fault, Skip, expect
 from .folders import keeps_to_its_folder
 from .lab import Lab
 from .numbers import apart, logits_of_transformers, sample, tensors_of_transformers
 from .processes import ask
+from .unsaid import leaves_out_no_key_of_its_configs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -161,6 +163,7 @@ PROMISES: Sequence[Callable[[Lab, str], None]] = (
     unshard_equals_source,
     builds_and_reuses_what_it_built,
     agrees_with_transformers,
+    leaves_out_no_key_of_its_configs,
 )
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from .. import history
 from ..store import MANIFEST, PLACES, Store, is_whole, read_manifest
 from ..types import StageName
 from .building import Recipe
-from .faults import Fault, expect
+from .faults import Fault, Skip, expect
 from .lab import Lab
 from .processes import LIMIT, answered, end, kill_left_over, left_over, start
 
@@ -23,6 +24,8 @@ from .processes import LIMIT, answered, end, kill_left_over, left_over, start
 _ENDED = " running, which were ended"
 #: Files of the workspace that core itself writes.
 _CORES = (history.NAME, "digests.json")
+#: Seconds after which a stage that has written nothing is killed at its work.
+_PATIENCE = 5
 Snapshot = Mapping[str, tuple[int, int]]
 
 
@@ -61,6 +64,11 @@ def keeps_to_its_folder(lab: Lab, recipe: Recipe, stage: StageName) -> Path:
     )
     folder = build.path(stage)
     assert folder is not None
+    locks = [file for file in contents(folder) if file.endswith(".lock")]
+    expect(
+        not locks,
+        f"{stage} leaves {', '.join(locks)} in context.out: locks belong into context.cache, or are removed in the end",
+    )
     return folder
 
 
@@ -94,17 +102,16 @@ def survives_a_kill(lab: Lab, recipe: Recipe, stage: StageName) -> None:
     Raises:
         Fault: something looks whole that is not, something goes on running, or the next build fails.
     """
-    before: StageName = "stage1" if stage == "stage2" else "resolve"
     for whom in ("worker", "build"):
         workspace = lab.folder / f"killed-{stage}-{recipe.precision}-{recipe.engine}-{whom}"
-        for wait in (True, False):  # one that is too quick to be met at its work is killed as it starts
+        for wait in (True, False, False):  # one that is too quick to be met at its work is killed as it starts
             shutil.rmtree(workspace, ignore_errors=True)
-            lab.build(recipe, before, workspace=workspace)
+            _prepare(lab, recipe, stage, workspace)
             said = _interrupt(lab, recipe, stage, workspace, whom, wait)
             if said is not None:
                 break
         if said is None:
-            raise Fault(f"{stage} is over before it can be killed")
+            raise Skip(f"{stage} is over before it can be killed")
         if whom == "worker":
             who = str(lab.plan(recipe).stage(stage).provider)
             expect(
@@ -123,13 +130,22 @@ def survives_a_kill(lab: Lab, recipe: Recipe, stage: StageName) -> None:
         expect(not garbage, f"what a killed {stage} left is not swept by the next build: {', '.join(garbage)}")
 
 
+def _prepare(lab: Lab, recipe: Recipe, stage: StageName, workspace: Path) -> None:
+    """Put into a new workspace what the stages before this one left in the lab's."""
+    names = [one.name for one in lab.plan(recipe).stages]
+    for result in lab.build(recipe, names[names.index(stage) - 1]).stages:
+        if result.path:
+            place = workspace / result.path.relative_to(lab.setup.workspace)
+            shutil.copytree(result.path, place, symlinks=True, dirs_exist_ok=True)
+
+
 def _interrupt(
     lab: Lab, recipe: Recipe, stage: StageName, workspace: Path, whom: str, wait: bool
 ) -> dict[str, str] | None:
     """Build in a process of its own, and kill it or its worker; what it said then. None if it was over before.
 
     Args:
-        wait: until the stage has written something, and not only until its worker has started.
+        wait: until the stage has written something, or for _PATIENCE, and not only until its worker has started.
     """
     pids = lab.place("answers") / f"pids-{time.monotonic_ns()}"
     pids.touch()
@@ -139,27 +155,32 @@ def _interrupt(
         worker = _wait_for_the_stage(child, workspace / PLACES[stage], pids, wait)
         if worker is None:
             return None
-        os.kill(worker if whom == "worker" else child.pid, signal.SIGKILL)
-        child.wait(LIMIT)
+        with suppress(ProcessLookupError):  # it ended just now
+            os.kill(worker if whom == "worker" else child.pid, signal.SIGKILL)
+        code = child.wait(LIMIT)
     except subprocess.TimeoutExpired:
         raise Fault(f"the build waits for ever after the worker of {stage} was killed") from None
     finally:
         end(child)
-    return dict(answered(answer).get("value", {}))
+    said = dict(answered(answer).get("value", {}))
+    return None if code == 0 and not said else said
 
 
 def _wait_for_the_stage(child: subprocess.Popen[bytes], place: Path, pids: Path, wait: bool) -> int | None:
     """The stage's worker, at its work; None if the build was over before."""
     deadline = time.monotonic() + LIMIT
     known: set[str] = set()
+    late = 0.0
     while child.poll() is None and time.monotonic() < deadline:
         staging = next(iter(place.glob(".tmp-*")), None) if place.is_dir() else None
         lines = pids.read_text(encoding="ascii").split()
         fresh = [line for line in lines if line not in known]
         if staging is None:
             known = set(lines)  # workers of checks and of earlier stages
-        elif fresh and (not wait or _is_written_to(staging)):
-            return int(fresh[-1])
+        elif fresh:
+            late = late or time.monotonic() + _PATIENCE
+            if not wait or _is_written_to(staging) or time.monotonic() > late:
+                return int(fresh[-1])
         time.sleep(0.001)
     return None
 

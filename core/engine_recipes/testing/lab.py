@@ -25,7 +25,7 @@ from .. import runner
 from ..api import Setup
 from ..decoder import Decoder
 from ..entries import Family, Owner
-from ..errors import RecipesError
+from ..errors import RecipesError, RequestError
 from ..events import Event
 from ..host import Host
 from ..planning import Plan
@@ -46,12 +46,13 @@ else:
 if TYPE_CHECKING:
     from ..api import Loaded
 
-#: Tiny models that precisions and engines are tried on, as a family that is installed describes them.
+#: Tiny models that precisions and engines are tried on, as a family that is installed describes them. Two say a second
+#: thing: heads that share no key/value head, or all the same one.
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "plain": tiny_config(),
-    "biased": tiny_config("Qwen2ForCausalLM"),
+    "biased": tiny_config("Qwen2ForCausalLM", num_key_value_heads=4),
     "normed": tiny_config("Qwen3ForCausalLM"),
-    "tied": tiny_config(tie_word_embeddings=True),
+    "tied": tiny_config(tie_word_embeddings=True, torch_dtype="bfloat16"),
 }
 #: Models of which an engine must compute or refuse what they say. The rope is scaled where 24 tokens show it.
 ODD: Mapping[str, Mapping[str, Any]] = {
@@ -64,6 +65,10 @@ ODD: Mapping[str, Mapping[str, Any]] = {
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 32,
         }
+    ),
+    "with 251 words": tiny_config(vocab_size=251),
+    "with biases in all linear layers, and one key/value head": tiny_config(
+        attention_bias=True, mlp_bias=True, num_key_value_heads=1
     ),
     "with embedding_scale 8": tiny_config(odd.ARCHITECTURE, embedding_scale=8.0),
     "with the activation gelu_pytorch_tanh": tiny_config(odd.ARCHITECTURE, hidden_act="gelu_pytorch_tanh"),
@@ -206,6 +211,10 @@ class Lab:
             write_checkpoint(folder, config, self.describe(family, config))
         return folder
 
+    def vocabulary(self, folder: Path) -> int:
+        """How many words a tiny checkpoint has."""
+        return int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+
     def models(self) -> dict[str, tuple[Path, Family]]:
         """Tiny models that families installed here describe: what they are -> folder and family."""
         found = self._described(MODELS)
@@ -231,7 +240,7 @@ class Lab:
         names, found = self.names(), []
         for name in names.get("families", ()):
             found += [(self.registry.families[name], config) for config in self.configs.get(name, ())]
-        if names.get("precisions") or names.get("engines"):
+        if names.get("precisions") or names.get("engines") or names.get("references"):
             found += [(family, MODELS[what]) for what, (_, family) in self.models().items()]
         if names.get("engines"):
             found += [(family, ODD[what]) for what, (_, family) in self.odd_models().items()]
@@ -281,6 +290,19 @@ class Lab:
         folder = self.build(recipe).path("stage2")
         assert folder is not None
         return load(self.plan(recipe), folder)
+
+    def refusal(self, recipe: Recipe) -> str:
+        """Why the engine's `check_decoder` does not let the recipe's model through; empty if it does."""
+        made = self.plan(recipe)
+        config = json.loads((Path(recipe.model) / "config.json").read_text(encoding="utf-8"))
+        decoder = self.describe(self.registry.families[recipe.family], config)
+        stage = made.stage("stage2")
+        context = StageContext(str(made.ref), "stage2", stage.options, (), self.place("described"), made.target)
+        try:
+            Host([stage.provider]).check_decoder(stage.provider, context, decoder)
+        except RecipesError as error:  # a MachineError is about this machine: no model passes here
+            return error.message if isinstance(error, RequestError) else ""
+        return ""
 
     def runnable(self, recipe: Recipe) -> Recipe:
         """The same on an engine that this machine builds and runs: the recipe's, else the first there is.

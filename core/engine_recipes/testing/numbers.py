@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 #: Largest relative error where a precision's tests name no other. 16 bits only round. On a random model of two layers,
 #: where nothing averages out, measured: 8-bit weights 0.015, 4-bit weights 0.24; logits of another model are 1.4 away.
 PLAIN, EIGHT_BITS, FEWER_BITS = 0.002, 0.1, 0.5
+#: More than 16 bits of any kind change such logits: bfloat16 in every step, 0.01.
+ROUNDS = 0.05
+
+
+#: Tokens that engines are compared on: more than the chunks, windows and tables that are cut too short in small steps.
+LONG = 200
 
 
 def sample(vocab_size: int, count: int = 24) -> list[int]:
@@ -51,6 +58,14 @@ def tolerance(lab: Lab, precision: Precision) -> float:
     return EIGHT_BITS if 8 <= precision.bits < 16 else FEWER_BITS  # 16: the engine rounds, nobody knows to how many
 
 
+def allow(lab: Lab, recipe: Recipe, off: float) -> str:
+    """What an author may write whose engine rounds more than is usual; empty if `off` is more than rounding."""
+    precision = lab.registry.precisions[str(recipe.precision)]
+    if off > (ROUNDS if precision.bits >= 16 or not precision.algorithm else FEWER_BITS):
+        return ""
+    return f' (if that is how it rounds: conformance(…, tolerance={{"{precision.name}": {2 * off:.1g}}}))'
+
+
 def tensors_of_transformers(lab: Lab, folder: Path, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """What transformers' own class stores for this config, name -> shape.
 
@@ -60,8 +75,8 @@ def tensors_of_transformers(lab: Lab, folder: Path, vocab_size: int) -> dict[str
     return {name: tuple(shape) for name, shape in _transformers(lab, folder, vocab_size)["shapes"].items()}
 
 
-def logits_of_transformers(lab: Lab, folder: Path, vocab_size: int) -> Floats:
-    """Its logits of the folder's weights, for `sample`.
+def logits_of_transformers(lab: Lab, folder: Path, vocab_size: int, count: int = 24) -> Floats:
+    """Its logits of the folder's weights, for `sample(vocab_size, count)`.
 
     Raises:
         Skip: as for `tensors_of_transformers`.
@@ -72,7 +87,7 @@ def logits_of_transformers(lab: Lab, folder: Path, vocab_size: int) -> Floats:
     told = _transformers(lab, folder, vocab_size)
     expect("unlike" not in told, f"transformers does not load a checkpoint that is made so: {told.get('unlike')}")
     logits: Floats = np.load(lab.place("transformers") / f"{folder.name}.npy")
-    return logits
+    return logits[:count]
 
 
 def _transformers(lab: Lab, folder: Path, vocab_size: int) -> dict[str, Any]:
@@ -81,7 +96,7 @@ def _transformers(lab: Lab, folder: Path, vocab_size: int) -> dict[str, Any]:
     known = lab.memory.setdefault("transformers", {})
     if folder.name not in known:
         folders = {folder: vocab_size, **lab.all_models()}  # importing transformers takes longer than all of them
-        ids = {path.name: sample(size) for path, size in folders.items()}
+        ids = {path.name: sample(size, _length(path)) for path, size in folders.items()}
         request = {"folders": [str(path) for path in folders], "ids": ids, "out": str(lab.place("transformers"))}
         known.update(ask(lab, "transformers_says", request))
     told: dict[str, Any] = known[folder.name]
@@ -90,17 +105,24 @@ def _transformers(lab: Lab, folder: Path, vocab_size: int) -> dict[str, Any]:
     return told
 
 
-def of_source(lab: Lab, folder: Path, family: Family, vocab_size: int) -> Floats:
+def _length(folder: Path) -> int:
+    """How many tokens a tiny model is run on: LONG, or as many as it is meant for."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    positions = config.get("max_position_embeddings")
+    return min(LONG, positions) if isinstance(positions, int) else 24
+
+
+def of_source(lab: Lab, folder: Path, family: Family, vocab_size: int, count: int = 24) -> Floats:
     """Logits of the unquantised source on `sample`: by transformers, else by the first reference that can run it."""
     known: dict[Path, Floats] = lab.memory.setdefault("source", {})
     if folder not in known:
         known[folder] = _of_source(lab, folder, family, vocab_size)
-    return known[folder]
+    return known[folder][:count]
 
 
 def _of_source(lab: Lab, folder: Path, family: Family, vocab_size: int) -> Floats:
     try:
-        return logits_of_transformers(lab, folder, vocab_size)
+        return logits_of_transformers(lab, folder, vocab_size, LONG)
     except Skip as reason:
         skip = reason
     for name in family.references or lab.registry.defaults.references:
@@ -115,7 +137,7 @@ def _of_source(lab: Lab, folder: Path, family: Family, vocab_size: int) -> Float
         out = Path(tempfile.mkdtemp(dir=lab.folder))  # a fresh one, as every stage gets
         context = StageContext(str(folder), "baseline", {}, inputs, out)
         runtime = Host([who]).load_source(who, context)
-        logits = runtime.logits(sample(vocab_size))
+        logits = runtime.logits(sample(vocab_size, _length(folder)))
         runtime.close()
         if logits is not None:
             return logits

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import hookimpl
-from ..decoder import Decoder, from_hf
+from ..decoder import Decoder
 from ..entries import Family, Owner
+from ..hf_config import from_hf
 
 ARCHITECTURE = "ConformanceForCausalLM"
 

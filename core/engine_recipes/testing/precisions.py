@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from ..checkpoint import open_checkpoint, verify
+from ..entries import Family
 from ..errors import RequestError
 from ..types import TRTLLM_CHECKPOINT
 from .building import Recipe
 from .faults import Skip, expect
 from .folders import expect_the_same, keeps_to_its_folder, survives_a_kill
 from .lab import Lab
-from .numbers import apart, of_source, sample, tolerance
-from .recipes import for_precision
+from .numbers import FEWER_BITS, apart, of_source, sample, tolerance
+from .recipes import for_precision, models_for
 from .settings import other_options, promises_of
 
-_VOCABULARY = 256  # of the tiny models
+#: An option with fewer choices than these is tried with each of them.
+_MANY_CHOICES = 5
 
 
 def keeps_to_its_folder_and_says_what_it_made(lab: Lab, name: str) -> None:
@@ -43,18 +46,6 @@ def two_builds_give_the_same_bytes(lab: Lab, name: str) -> None:
     again = _checkpoint(lab, recipe, lab.place(f"again-{name}"))
     why = "time, random numbers without a seed, the order of sets, or paths do that"
     expect_the_same(first, again, "two builds of the same", why)
-
-
-def options_that_are_in_no_key_change_no_bytes(lab: Lab, name: str) -> None:
-    """What is `keyed = false` does not make another build: whoever sets it is given what was there before."""
-    options = lab.registry.precisions[name].options
-    recipe = for_precision(lab, name)
-    for option, value in other_options(lab.registry.precisions[name], recipe):
-        if not options[option].keyed:
-            other = replace(recipe, settings={**recipe.settings, option: value})
-            again = _checkpoint(lab, other, lab.place(f"unkeyed-{name}-{option}"))
-            what = f"checkpoints with {option} = {value} and without"
-            expect_the_same(_checkpoint(lab, recipe), again, what, "take out `keyed = false`")
 
 
 def split_parts_join_to_the_whole(lab: Lab, name: str) -> None:
@@ -87,37 +78,54 @@ def stays_close_to_the_source(lab: Lab, name: str) -> None:
     """Quantising changes numbers a little; a swapped scale or a wrong axis changes them a lot, and still runs."""
     precision = lab.registry.precisions[name]
     limit, compared = tolerance(lab, precision), 0
-    for what, (folder, family) in lab.models().items():
-        if precision.calibration and what not in ("biased", "normed"):  # measuring takes long
+    for what, (folder, family) in models_for(lab, name).items():
+        if precision.calibration and what == "plain":  # measuring takes long
             continue
         recipe = Recipe(str(folder), family.name, name, settings=lab.given(name))
-        try:
-            runtime = lab.load(lab.runnable(recipe)).runtime
-        except RequestError:  # it refuses such models
-            continue
-        logits = runtime.logits(sample(_VOCABULARY))
-        runtime.close()
-        if logits is None:
-            raise Skip("the engine that runs it here gives no logits")
-        error = apart(logits, of_source(lab, folder, family, _VOCABULARY))
-        expect(
-            error <= limit,
-            f"on a tiny {what} model its logits are {error:.2g} of their spread away from the source's, {limit:g} is"
-            ' allowed: see scales, axes and zero points, or set conformance(…, tolerance={"' + name + '": …})',
-        )
-        compared += 1
+        error = _error(lab, recipe, family)
+        compared += error is not None
+        _expect_close(name, error, limit, f"a tiny {what} model")
     expect(compared, "it refuses every tiny model")
+    recipe = for_precision(lab, name)
+    for option, value in other_options(precision, recipe):
+        allowed = precision.options[option]
+        if allowed.keyed and len(allowed.choices) in range(1, _MANY_CHOICES):
+            other = replace(recipe, engine=None, target=None, settings={**recipe.settings, option: value})
+            with suppress(Skip):  # nothing here runs that choice
+                error = _error(lab, other, lab.registry.families[recipe.family])
+                _expect_close(name, error, max(limit, FEWER_BITS), f"a tiny model, with {option} = {value},")
 
 
 PROMISES: Sequence[Callable[[Lab, str], None]] = (
     keeps_to_its_folder_and_says_what_it_made,
     two_builds_give_the_same_bytes,
-    options_that_are_in_no_key_change_no_bytes,
     split_parts_join_to_the_whole,
     *promises_of("precisions"),
     a_killed_stage_leaves_nothing_behind,
     stays_close_to_the_source,
 )
+
+
+def _error(lab: Lab, recipe: Recipe, family: Family) -> float | None:
+    """How far the recipe's logits are from the source's. None if it refuses the model."""
+    folder = Path(recipe.model)
+    try:
+        runtime = lab.load(lab.runnable(recipe)).runtime
+    except RequestError:
+        return None
+    logits = runtime.logits(sample(lab.vocabulary(folder)))
+    runtime.close()
+    if logits is None:
+        raise Skip("the engine that runs it here gives no logits")
+    return apart(logits, of_source(lab, folder, family, lab.vocabulary(folder)))
+
+
+def _expect_close(name: str, error: float | None, limit: float, what: str) -> None:
+    expect(
+        error is None or error <= limit,
+        f"on {what} its logits are {error:.2g} of their spread away from the source's, {limit:g} is allowed: see"
+        ' scales, axes and zero points, or set conformance(…, tolerance={"' + name + '": …})',
+    )
 
 
 def _said(split: Mapping[str, str]) -> str:

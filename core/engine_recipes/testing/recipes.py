@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..entries import Engine, Precision
+from ..entries import Engine, Family, Precision
 from ..errors import RecipesError, RequestError
+from ..hf_config import architecture_of
+from ..host import Host
+from ..types import StageContext
 from .building import Recipe
 from .faults import Fault, Skip
 from .lab import Lab
@@ -17,10 +21,58 @@ if TYPE_CHECKING:
 
 
 def for_precision(lab: Lab, name: str) -> Recipe:
-    """A precision on the first tiny model that it does not refuse, for whichever engine takes its checkpoints."""
-    precision = lab.registry.precisions[name]
-    folder, family = next(iter(lab.models().values()))
-    recipe = Recipe(str(folder), family.name, name, settings=lab.given(name))
+    """A precision on the first tiny model that it does not refuse, for whichever engine takes its checkpoints.
+
+    Raises:
+        Fault: it refuses every model, or no plan can be made with it.
+    """
+    why = ""
+    for what, (folder, family) in models_for(lab, name).items():
+        recipe = _planned(lab, Recipe(str(folder), family.name, name, settings=lab.given(name)))
+        refusal = _refusal(lab, recipe)
+        if not refusal:
+            return recipe
+        why += f"\n{what}: {refusal}"
+    raise Fault(
+        f"it refuses every tiny model:{why}\n"
+        f'Give it others: conformance(…, configs={{"{name}": [CONFIG]}}), of an architecture that a family knows; or'
+        f' options that fit: conformance(…, settings={{"{name}": {{OPTION: VALUE}}}})'
+    )
+
+
+def for_calibration(lab: Lab, name: str) -> Recipe:
+    """A calibration with the first precision that names it; if none does, one of the suite's stands in."""
+    recipe = for_precision(lab, next(p.name for p in lab.registry.precisions.entries.values() if p.calibration == name))
+    return replace(recipe, settings={**recipe.settings, **lab.given(name)})
+
+
+def models_for(lab: Lab, name: str) -> dict[str, tuple[Path, Family]]:
+    """The tiny models that a precision or an engine is tried on: what they are -> folder and family."""
+    found = {}
+    for number, config in enumerate(lab.configs.get(name, ())):
+        family = lab.registry.family_of(architecture_of(config))
+        found[f"{architecture_of(config)} (config {number})"] = (lab.model(family, config), family)
+    return found or lab.models()
+
+
+def _refusal(lab: Lab, recipe: Recipe) -> str:
+    """Why a calibration's or a precision's `check_decoder` does not let the model through; empty if it does."""
+    plan = lab.plan(recipe)
+    config = json.loads((Path(recipe.model) / "config.json").read_text(encoding="utf-8"))
+    decoder = lab.describe(plan.family, config)
+    for stage in plan.stages:
+        if stage.name in ("calibrate", "stage1"):
+            context = StageContext(str(plan.ref), stage.name, stage.options, (), lab.place("described"), plan.target)
+            try:
+                Host([stage.provider]).check_decoder(stage.provider, context, decoder)
+            except RequestError as error:
+                return error.message
+    return ""
+
+
+def _planned(lab: Lab, recipe: Recipe) -> Recipe:
+    """The recipe for the first engine and target with which a plan can be made."""
+    precision = lab.registry.precisions[str(recipe.precision)]
     engines = [e for e in lab.registry.engines.entries.values() if precision.gives in e.takes]
     why = f"no engine takes {precision.gives}"
     for engine in engines:
@@ -48,8 +100,7 @@ def for_engine(lab: Lab, name: str, folder: Path | None = None, family: str = ""
     """
     engine = lab.registry.engines[name]
     if folder is None:
-        folder, entry = next(iter(lab.models().values()))
-        family = entry.name
+        folder, family = _taken(lab, name)
     why = f"no precision that is installed gives {' or '.join(engine.takes)}"
     found: list[tuple[bool, Recipe]] = []
     for precision in _precisions(lab, engine):
@@ -68,6 +119,16 @@ def for_engine(lab: Lab, name: str, folder: Path | None = None, family: str = ""
         if found:
             return min(found, key=lambda pair: pair[0])[1]
     raise Fault(f"no plan can be made with it: {why}")
+
+
+def _taken(lab: Lab, engine: str) -> tuple[Path, str]:
+    """The first tiny model that the engine's `check_decoder` lets through, else the first, and its family."""
+    known: dict[str, tuple[Path, str]] = lab.memory.setdefault("taken", {})
+    if engine not in known:
+        models = [(folder, family.name) for folder, family in models_for(lab, engine).values()]
+        taken = (model for model in models if not lab.refusal(for_engine(lab, engine, *model)))
+        known[engine] = next(taken, models[0])
+    return known[engine]
 
 
 def buildable(lab: Lab, name: str) -> Recipe:

@@ -9,14 +9,15 @@ from typing import Literal
 
 from ..combinations import complete
 from ..entries import Calibration, Engine, Option, StageEntry
-from ..errors import RecipesError, RequestError
-from ..stages import PREFIXES
+from ..errors import MachineError, RecipesError, RequestError
+from ..stages import PREFIXES, STAGES
 from ..types import StageName
 from .building import Recipe
-from .faults import Fault, Skip, expect
+from .faults import Fault, expect
+from .folders import expect_the_same
 from .lab import Lab
 from .processes import ask
-from .recipes import for_engine, for_precision
+from .recipes import for_calibration, for_engine, for_precision
 
 Kind = Literal["calibrations", "precisions", "engines"]
 _FAR = 10**9
@@ -56,9 +57,33 @@ def its_keys_say_what_it_depends_on(lab: Lab, entry: StageEntry, recipe: Recipe)
             expect(same, f"{option} = {value} changes the key although it is `keyed = false`")
 
 
+def options_that_are_in_no_key_change_no_bytes(lab: Lab, entry: StageEntry, recipe: Recipe) -> None:
+    """What is `keyed = false` does not make another build: whoever sets it is given what was there before."""
+    stage = _stage(entry)
+    for option, value in other_options(entry, recipe):
+        key = f"{PREFIXES[stage]}{option}"
+        other = replace(recipe, settings={**recipe.settings, key: value})
+        if entry.options[option].keyed or not _can_be_built(lab, other, stage):
+            continue
+        place = lab.place(f"unkeyed-{entry.name}-{option}-{value}")
+        try:
+            again = lab.build(other, stage, workspace=place).path(stage)
+        except (MachineError, RequestError):  # `device = cuda` without a GPU
+            continue
+        before = lab.build(recipe, stage).path(stage)
+        assert before is not None
+        assert again is not None
+        expect_the_same(before, again, f"what it leaves with {key} = {value} and without", "take out `keyed = false`")
+
+
 def promises_of(kind: Kind) -> Sequence[Callable[[Lab, str], None]]:
-    """Both, for entries of a kind by their name."""
-    return [_by_name(kind, promise) for promise in (refuses_bad_options_when_planned, its_keys_say_what_it_depends_on)]
+    """All of them, for entries of a kind by their name."""
+    promises = (
+        refuses_bad_options_when_planned,
+        its_keys_say_what_it_depends_on,
+        options_that_are_in_no_key_change_no_bytes,
+    )
+    return [_by_name(kind, promise) for promise in promises]
 
 
 def _by_name(kind: Kind, promise: Callable[[Lab, StageEntry, Recipe], None]) -> Callable[[Lab, str], None]:
@@ -75,10 +100,15 @@ def _entry(lab: Lab, kind: Kind, name: str) -> tuple[StageEntry, Recipe]:
         return complete(lab.registry.engines[name]), for_engine(lab, name)
     if kind == "precisions":
         return lab.registry.precisions[name], for_precision(lab, name)
-    users = [p.name for p in lab.registry.precisions.entries.values() if p.calibration == name]
-    if not users:
-        raise Skip("no precision that is installed names it")
-    return lab.registry.calibrations[name], for_precision(lab, users[0])
+    return lab.registry.calibrations[name], for_calibration(lab, name)
+
+
+def _can_be_built(lab: Lab, recipe: Recipe, stage: StageName) -> bool:
+    try:
+        plan = lab.plan(recipe)
+    except RecipesError:  # this model or engine does not allow it
+        return False
+    return not (plan.unavailable or plan.lacks(STAGES[: STAGES.index(stage) + 1]))
 
 
 def _stage(entry: StageEntry) -> StageName:
@@ -96,12 +126,12 @@ def bad_values(option: Option) -> list[str]:
 
 
 def other_options(entry: StageEntry, recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """One more value for each option, where it is known what it may be."""
+    """One more value for each option, where it is known what it may be; all its choices, where it has some."""
     for option, allowed in entry.options.items():
         taken = (str(allowed.default), recipe.settings.get(f"{PREFIXES[_stage(entry)]}{option}"))
         other = [value for value in other_values(allowed) if value not in taken]
-        if other:
-            yield option, other[0]
+        for value in other if allowed.choices else other[:1]:
+            yield option, value
 
 
 def other_values(option: Option) -> list[str]:

@@ -10,7 +10,9 @@ from typing import Any
 
 from ..decoder import Decoder
 
+#: Of `write_tokenizer`: unknown, start and end of text, with the ids 0, 1, 2.
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
+#: Of `write_tokenizer`: each message on a line after its role in brackets, `> ` before the answer.
 CHAT_TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}> {% endif %}"
 )
@@ -42,17 +44,18 @@ def tiny_config(architecture: str = "LlamaForCausalLM", **changes: Any) -> dict[
         "torch_dtype": "float16",
         "bos_token_id": 1,
         "eos_token_id": 2,
+        "pad_token_id": None,
         **changes,
     }
 
 
 def write_checkpoint(folder: Path, config: Mapping[str, Any], decoder: Decoder) -> Path:
-    """Write a checkpoint in the Hugging Face layout: seeded random float16 weights, a byte-level tokenizer.
+    """Write a checkpoint in the Hugging Face layout: seeded random weights, a byte-level tokenizer.
 
     Args:
         folder: made if it is not there.
         config: goes into `config.json` as it is.
-        decoder: what a family says `config` is; its tensors are written. Keep it small.
+        decoder: what a family says `config` is; its tensors are written, in its dtype. Keep it small.
 
     Returns:
         The folder, ready for `recipes build ./folder:fp16`.
@@ -66,15 +69,26 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any], decoder: Decoder) 
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2, sort_keys=True), encoding="utf-8")
     shapes = source_shapes(decoder)
 
-    def weights(name: str) -> Any:
+    def weights(name: str) -> bytes:
         random = np.random.default_rng(zlib.crc32(name.encode()))
         centre = 1.0 - decoder.norm_offset if len(shapes[name]) == 1 and "norm" in name else 0.0
-        return (centre + random.normal(0, 0.05, shapes[name])).astype(np.float16)
+        return _stored(centre + random.normal(0, 0.05, shapes[name]), decoder.dtype)
 
-    data = ([weights(name).tobytes()] for name in shapes)
-    for _ in write(folder / "model.safetensors", {name: ("float16", shape) for name, shape in shapes.items()}, data):
+    data = ([weights(name)] for name in shapes)
+    tensors = {name: (decoder.dtype, shape) for name, shape in shapes.items()}
+    for _ in write(folder / "model.safetensors", tensors, data):
         pass
     return write_tokenizer(folder, decoder.vocab_size)
+
+
+def _stored(values: Any, dtype: str) -> bytes:
+    """An array's bytes in a dtype; bfloat16, which numpy does not have, is float32 rounded to its upper half."""
+    import numpy as np
+
+    if dtype != "bfloat16":
+        return bytes(values.astype(dtype).tobytes())
+    bits = values.astype(np.float32).view(np.uint32)
+    return bytes(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).tobytes())
 
 
 def write_tokenizer(folder: Path, vocab_size: int = 256) -> Path:
