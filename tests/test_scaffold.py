@@ -248,7 +248,7 @@ def test_a_workflow_installs_an_extra_that_there_is_and_a_family_meets_transform
 def test_a_new_package_sends_nobody_to_an_index_that_has_no_engine_recipes(tmp_path: Path, kind: str) -> None:
     folder = made(tmp_path, kind, "mine")
     assert "pypi.org" not in "".join(path.read_text() for path in folder.rglob("*") if path.is_file())
-    assert "--find-links wheels" in (folder / ".github" / "workflows" / "test.yml").read_text()
+    assert "pip install wheels/engine_recipes-*.whl" in (folder / ".github" / "workflows" / "test.yml").read_text()
     assert "--outdir wheels" in (folder / "README.md").read_text()
 
 
