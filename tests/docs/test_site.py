@@ -80,6 +80,12 @@ def test_the_api_shows_functions_and_not_the_modules_that_they_lie_in(site: Path
     assert "engine_recipes.checkpoint.convert" not in anchors
 
 
+def test_no_list_is_shown_as_a_paragraph_with_hyphens(pages: dict[Path, Read]) -> None:
+    for page in pages:  # Markdown wants an empty line before a list; a repository's own view does not
+        for text in re.findall(r"<p>(.*?)</p>", page.read_text(encoding="utf-8"), flags=re.S):
+            assert not re.search(r"^\s*[-*] ", text, flags=re.M), f"{page.name}: {text}"
+
+
 def test_every_page_has_a_title_and_a_description_of_its_own(pages: dict[Path, Read]) -> None:
     own = {page: read for page, read in pages.items() if "repository" not in page.parts and page.name != "404.html"}
     titles = [read.titles[0] for read in own.values()]
@@ -152,6 +158,53 @@ def test_search_finds_a_hook_by_its_name(seen: Seen, address: str, hook: str) ->
     found = seen.view.locator(f"a.md-search-result__link[href*='reference/hooks.html'][href*='#{hook}']").first
     found.click()
     seen.view.wait_for_url(f"**/reference/hooks.html*#{hook}*")
+
+
+def test_search_leads_from_conformance_to_the_page_about_it(seen: Seen, address: str) -> None:
+    seen.view.goto(f"{address}/tutorial.html")
+    seen.view.locator("input.md-search__input").click()
+    seen.view.keyboard.type("conformance")
+    seen.view.locator("a.md-search-result__link[href*='how-to/test-a-plugin.html']").first.wait_for()
+
+
+def test_code_of_every_page_fits_a_window_of_1280_pixels(seen: Seen, site: Path, address: str) -> None:
+    cut_off = (
+        "[...document.querySelectorAll('pre code')].filter(e => e.scrollWidth > e.clientWidth).map(e => e.innerText)"
+    )
+    for file in sorted(site.rglob("*.html")):
+        page = file.relative_to(site).as_posix()
+        seen.view.goto(f"{address}/{page}")
+        assert seen.view.evaluate(cut_off) == [], page
+
+
+#: Each kind of text on a page with less contrast to what lies under it than 4.5 to 1 (WCAG 2, level AA).
+FAINT = """() => {
+  const parse = text => [...text.match(/[\\d.]+/g).map(Number), 1].slice(0, 4);
+  const over = (top, under) => [0, 1, 2].map(i => top[i] * top[3] + under[i] * (1 - top[3])).concat([1]);
+  const linear = value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+  const light = c => 0.2126 * linear(c[0] / 255) + 0.7152 * linear(c[1] / 255) + 0.0722 * linear(c[2] / 255);
+  const ground = element => over(parse(getComputedStyle(element).backgroundColor),
+                                 element.parentElement ? ground(element.parentElement) : [255, 255, 255, 1]);
+  const found = new Set(), walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const element = walker.currentNode.parentElement;
+    if (!walker.currentNode.data.trim() || !element.checkVisibility({opacityProperty: true, visibilityProperty: true}))
+      continue;
+    const lights = [ground(element), over(parse(getComputedStyle(element).color), ground(element))].map(light);
+    const ratio = (Math.max(...lights) + 0.05) / (Math.min(...lights) + 0.05);
+    if (ratio < 4.5) found.add(`${element.tagName}.${element.className}: ${ratio}`);
+  }
+  return [...found];
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_can_be_read_by_light_and_in_the_dark(seen: Seen, site: Path, address: str, scheme: str) -> None:
+    seen.view.emulate_media(color_scheme=scheme)
+    for file in sorted(site.rglob("*.html")):
+        page = file.relative_to(site).as_posix()
+        seen.view.goto(f"{address}/{page}")
+        assert seen.view.evaluate(FAINT) == [], page
 
 
 def test_dark_mode_is_one_click_and_stays(seen: Seen, address: str) -> None:

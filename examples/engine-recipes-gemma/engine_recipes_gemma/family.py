@@ -63,7 +63,6 @@ def _refuse(decoder: Decoder, config: Mapping[str, Any]) -> None:
         (not decoder.tied, "a head of its own (tie_word_embeddings is false)"),
         (decoder.rotary_size, "heads that are rotated in part (partial_rotary_factor)"),
         (decoder.mlp_bias, "biases in the MLP (mlp_bias)"),
-        (config.get("use_bidirectional_attention"), "attention to later tokens (use_bidirectional_attention)"),
     ):
         if is_so:
             raise RequestError(f"this checkpoint has {what}", "Gemma models have not; is this another family?")

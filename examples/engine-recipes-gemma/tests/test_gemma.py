@@ -66,7 +66,7 @@ def test_it_is_calibrated_and_quantised(model: Path, precision: str) -> None:
         ({"hidden_activation": "silu"}, "hidden_act is 'silu'"),
         ({"tie_word_embeddings": False}, "a head of its own"),
         ({"partial_rotary_factor": 0.5}, "rotated in part"),
-        ({"use_bidirectional_attention": True}, "attention to later tokens"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({"hidden_size": "128"}, "hidden_size is '128'"),
     ],
 )
