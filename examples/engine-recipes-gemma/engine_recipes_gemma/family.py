@@ -37,7 +37,7 @@ def resolve_checkpoint(config: Mapping[str, Any]) -> Decoder:
         tied=config.get("tie_word_embeddings", True) is not False,
         config=CHECKPOINT_CONFIG,
     )
-    _refuse(decoder, config)
+    _refuse(decoder)
     return decoder
 
 
@@ -51,7 +51,7 @@ def _width(config: Mapping[str, Any]) -> int:
     return width if type(width) is int and width > 0 else 1  # if it is none, from_hf says so
 
 
-def _refuse(decoder: Decoder, config: Mapping[str, Any]) -> None:
+def _refuse(decoder: Decoder) -> None:
     if decoder.architecture != "GemmaForCausalLM":
         raise RequestError(
             f"{decoder.architecture} is no first-generation Gemma",
