@@ -182,14 +182,18 @@ def test_a_fault_of_the_whole_package_is_noticed(
     ("entry", "case", "message"),
     [
         ('[models."acme-3b"]\nparameters = 3_000', "model acme-3b: its parameters are plausible", "its name says 3b"),
-        ('[models."acme-3b"]', "model acme-3b: its source can be named", "nowhere:x"),
+        (
+            '[models."acme-3b"]\nsource = "nowhere:x"',
+            "package engine-recipes-acme: its registry is read without problems",
+            "nowhere:x",
+        ),
         ('[aliases]\nacme = "nobody"', "alias acme: it leads to a model", "there is no model nobody"),
     ],
 )
 def test_a_name_that_leads_nowhere_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str, case: str, message: str
 ) -> None:
-    model = '\nfamily = "llama"\nsource = "nowhere:x"' if "models" in entry else ""
+    model = '\nfamily = "llama"' + '\nsource = "file:x"' * ("source" not in entry) if "models" in entry else ""
     install(monkeypatch, package(tmp_path / "site", "engine-recipes-acme", f"api = 1\n{entry}{model}\n"))
     found = {one.id: one for one in testing.cases("engine-recipes-acme")}
     with pytest.raises(pytest.fail.Exception, match=message):

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .. import history
+from ..checkpoint.statistics import ABOUT
 from ..store import MANIFEST, PLACES, Store, is_whole, read_manifest
 from ..types import StageName
 from .building import Recipe
@@ -90,9 +91,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def expect_the_same(first: Path, again: Path, what: str, why: str) -> None:
-    """Raise Fault, which names the files, unless two folders hold the same but for the manifest."""
+    """Raise Fault, which names the files, unless two folders hold the same, but for what says how they came about."""
     ours, theirs = contents(first), contents(again)
-    different = [file for file in sorted({**ours, **theirs}) if ours.get(file) != theirs.get(file)]
+    different = [file for file in sorted({*ours, *theirs} - {ABOUT}) if ours.get(file) != theirs.get(file)]
     expect(not different, f"{what} differ in {', '.join(different)}: {why}")
 
 

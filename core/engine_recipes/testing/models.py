@@ -6,21 +6,11 @@ import re
 from collections.abc import Callable, Sequence
 
 from .. import refs
-from ..sources import spec
 from .faults import expect
 from .lab import Lab
 
 _SIZE = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)([mb])(?![a-z0-9])")
 _UNITS = {"m": 1e6, "b": 1e9}
-
-
-def its_source_can_be_named(lab: Lab, name: str) -> None:
-    """A source that cannot be read is refused when somebody wants the model, and not before."""
-    model = lab.registry.models[name]
-    lab.registry.families[model.family]
-    expect(model.source, f"models.{name} has no source")
-    for text in model.source:
-        spec.parse(text)
 
 
 def its_parameters_are_plausible(lab: Lab, name: str) -> None:
@@ -47,5 +37,5 @@ def it_leads_to_a_model(lab: Lab, name: str) -> None:
         lab.registry.engines[ref.engine]
 
 
-PROMISES: Sequence[Callable[[Lab, str], None]] = (its_source_can_be_named, its_parameters_are_plausible)
+PROMISES: Sequence[Callable[[Lab, str], None]] = (its_parameters_are_plausible,)
 ALIASES: Sequence[Callable[[Lab, str], None]] = (it_leads_to_a_model,)

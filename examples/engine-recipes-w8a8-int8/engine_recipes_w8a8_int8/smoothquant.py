@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine_recipes import (
     Decoder,
+    MachineError,
     StageContext,
     StageFailed,
     calibration,
@@ -71,6 +72,8 @@ def load(folder: Path, device: str) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MachineError("device = cuda, and this PyTorch sees no GPU", "--set device=cpu, or auto")
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     events.log(f"calibrating on {place}")
     dtype = torch.float32 if place == "cpu" else torch.bfloat16
