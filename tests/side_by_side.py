@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from engine_recipes import bench, gate
 from engine_recipes.keys import key_of
 from engine_recipes.store import Slot, Store
-from engine_recipes.types import Check, Findings, Measure
+from engine_recipes.types import Check, Findings, Measure, Provider
 
 SETTINGS = {"batch": 1, "prompt_tokens": 128, "new_tokens": 64, "warmup": 1, "repeat": 5, "threads": None}
 
@@ -62,7 +63,8 @@ def engine(
 def baseline(store: Store, source_key: str, reference: str, perplexity: float) -> Path:
     """What the gate keeps about a source that `reference` ran."""
     inputs = [{"kind": "hf-checkpoint", "path": "", "key": source_key}]
-    manifest = {"stage": "baseline", "kind": "baseline", "provider": {"name": reference}, "inputs": inputs}
+    provider = asdict(Provider("reference", reference, "module", "package", "1.0"))
+    manifest = {"stage": "baseline", "kind": "baseline", "provider": provider, "inputs": inputs}
     texts = [{"ids": [1, 2, 3], "log_likelihood": -2 * math.log(perplexity)}]
     files = {"baseline.json": json.dumps({"schema": 1, "texts": texts})}
     return _artifact(store, "baselines", "smollm2-135m", files, manifest)[0]
