@@ -85,6 +85,8 @@ def test_an_engine_is_completed_by_the_file_it_names(registry: Registry) -> None
         "[other]",
         "a = " + "[" * 20000,
         "a = " + "9" * 5000,
+        '[options]\n"a\\u009b2J" = {}',  # clears the terminal that prints it
+        "#" * 1_000_001,
     ],
 )
 def test_a_wrong_file_is_an_error_that_names_file_and_owner(
@@ -98,7 +100,7 @@ def test_a_wrong_file_is_an_error_that_names_file_and_owner(
 
 
 def test_a_file_that_is_missing_is_an_error_too(registry: Registry) -> None:
-    with pytest.raises(RequestError, match="cannot be read"):
+    with pytest.raises(RequestError, match="there is no such file"):
         complete(replace(registry.engines["tool"], details="package:engine_recipes_toy/none.toml"))
     with pytest.raises(RequestError, match="cannot be read"):
         complete(replace(registry.engines["tool"], details="package:engine_recipes_toy/\0"))
@@ -108,5 +110,5 @@ def test_a_pipe_is_not_waited_for(registry: Registry, tmp_path: Path, monkeypatc
     folder = package(tmp_path / "site", "pipe-pack", "api = 1\n")
     os.mkfifo(folder / "pipe_pack" / "pipe.toml")
     install(monkeypatch, folder)
-    with pytest.raises(RequestError, match="there is no such file"):
+    with pytest.raises(RequestError, match="cannot be read: it is no file"):
         complete(replace(registry.engines["tool"], details="package:pipe_pack/pipe.toml"))

@@ -453,6 +453,8 @@ ENGINE = {**STAGE, "takes": "trtllm-checkpoint", "gives": "e", "targets": "cpu"}
         ("precisions", {**STAGE, "options": {"x": date(2024, 1, 1)}}, "options.x.default: must be a string or"),
         ("precisions", {**STAGE, "options": {"x": math.nan}}, "options.x.default: must be a finite number"),
         ("precisions", {**STAGE, "options": {"x": {"default": 1, "min": 2, "max": 1}}}, "options.x.min: 2 is above"),
+        ("precisions", {**STAGE, "options": {"x": {"default": 1, "min": 2}}}, "options.x.default: 1 is nothing"),
+        ("precisions", {**STAGE, "options": {"x": {"default": "b", "choices": ["a"]}}}, "options.x.default: 'b' is"),
         ("precisions", {**STAGE, "options": {"x": {"default": 1, "choices": ["a"]}}}, "options.x.choices: 'a' is of"),
         ("precisions", {**STAGE, "options": {"tp_size": "x"}}, "options.tp_size: must be a whole number"),
         ("precisions", {**STAGE, "options": {"gate.x": 1}}, 'options."gate.x": a name is'),

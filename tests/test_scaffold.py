@@ -238,7 +238,9 @@ def test_the_new_precision_rounds_to_the_nearest_level(bits: int, installed: Cal
 def test_a_workflow_installs_an_extra_that_there_is_and_a_family_meets_transformers(tmp_path: Path, kind: str) -> None:
     folder = made(tmp_path, kind, "mine")
     extras = tomllib.loads((folder / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    (used,) = re.findall(r"'\.\[(\w+)\]'", (folder / ".github" / "workflows" / "test.yml").read_text())
+    workflow = (folder / ".github" / "workflows" / "test.yml").read_text()
+    (used,) = re.findall(r"'\.\[(\w+)\]'", workflow)
+    assert "--extra-index-url https://download.pytorch.org/whl/cpu" in workflow  # torch without CUDA
     wanted = " ".join(extras[used])
     assert "engine-recipes-mine[test]" in wanted or used == "test"
     assert ("transformers" in wanted) is (kind == "family")

@@ -6,9 +6,7 @@ not read what only a plan needs.
 
 from __future__ import annotations
 
-import errno
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -16,14 +14,9 @@ from fnmatch import fnmatchcase
 from .entries import Engine, Option, Refusal
 from .errors import RequestError
 from .facts import within
-from .structure import structure
+from .structure import read_toml, structure
 from .targets import compute_of, parts
 from .types import Value
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _RANGE = re.compile(r"(<=?|>=?|==)\s*\d")
 _VERSION = re.compile(r"\d+(\.\d+)*([a-z]+\d+)?(\.(post|dev)\d+)?")
@@ -57,9 +50,7 @@ def _read(engine: Engine) -> Details:
 
     try:
         path = texts.package_file(engine.details)
-        if not path.is_file():  # a pipe would be waited for
-            raise FileNotFoundError(errno.ENOENT, "there is no such file")
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = read_toml(path)
     except (OSError, ValueError, RecursionError) as error:  # of the TOML too
         reason = error.strerror if isinstance(error, OSError) else error
         raise RequestError(

@@ -73,7 +73,16 @@ class Option:
         found = [f"choices: {choice!r} is of another type than the default" for choice in self._misfits()]
         if self.min is not None and self.max is not None and self.min > self.max:
             found.append(f"min: {self.min:g} is above the max, {self.max:g}")
+        if not found and not self._allows(self.default):
+            found.append(f"default: {self.default!r} is nothing that it may be set to")
         return found + _no_range("versions", self.versions)
+
+    def _allows(self, value: Value) -> bool:
+        if value == "" or (self.choices and value not in self.choices):
+            return value == ""
+        if isinstance(value, (str, bool)):
+            return True
+        return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
 
     def _misfits(self) -> list[Value]:
         kinds = {type(self.default), int} if isinstance(self.default, float) else {type(self.default)}

@@ -31,7 +31,7 @@ def progress(label: str, done: float, total: float, unit: str = "") -> None:
 
 
 def log(text: str) -> None:
-    """Say one thing the user should be able to read later. Goes to the stage's log and, with -v, the terminal."""
+    """Say one thing that a curious user should be able to read. The terminal shows it with -v only."""
     emit({"event": "log", "text": text})
 
 

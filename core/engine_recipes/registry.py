@@ -7,10 +7,7 @@ same name contest it; the user's and the project's files may change any field, a
 from __future__ import annotations
 
 import os
-import re
-import stat
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -31,23 +28,14 @@ from .entries import (
     Reference,
     StageEntry,
 )
-from .errors import RequestError, did_you_mean, first_line, printable
+from .errors import RequestError, did_you_mean, first_line
+from .structure import read_toml
 from .types import Ref
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 API = 1
 #: Our own distribution.
 OURS = "engine-recipes"
 _OUR_FILE = Path(__file__).with_name("registry.toml")
-_MOST_BYTES = 1_000_000
-_MOST_DEEP = 20
-_MOST_SHOWN = 80
-#: What a terminal may obey: C0 but tabs and ends of lines, DEL, C1.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -261,19 +249,11 @@ def _is_of_a_package(path: Path) -> bool:
 
 def _read(owner: Owner, is_installed: bool = True) -> Fragment:
     try:
-        kind = owner.path.stat()
-        if not stat.S_ISREG(kind.st_mode):  # a pipe would be waited for
-            raise ValueError("it is no file")
-        if kind.st_size > _MOST_BYTES:
-            raise ValueError(f"it has more than {_MOST_BYTES} bytes")
         if is_installed and owner.package != OURS and owner.path.samefile(_OUR_FILE):
             raise ValueError(f"its entry point names {OURS}'s own package")
-        table = tomllib.loads(owner.path.read_text(encoding="utf-8"))
-        if owner.path != _OUR_FILE and (problem := next(_oddities(table), "")):
-            raise ValueError(problem)
+        table = read_toml(owner.path, is_checked=owner.path != _OUR_FILE)
     except (OSError, ValueError, RecursionError) as error:  # of the TOML too
         reason = error.strerror if isinstance(error, OSError) else error
-        reason = "there is no such file" if isinstance(error, FileNotFoundError) else reason
         raise RequestError(f"{owner.path} ({owner}) cannot be read: {reason}", "mend or remove that file") from None
     api = table.pop("api", 1)
     if type(api) is not int or api < 1:
@@ -286,24 +266,6 @@ def _read(owner: Owner, is_installed: bool = True) -> Fragment:
             f"install a newer {OURS}" + (f", or an older {owner.package}" if is_installed else ""),
         )
     return Fragment(owner, table, is_installed)
-
-
-def _oddities(value: Any, path: str = "", depth: int = 0) -> Iterator[str]:
-    """What no fragment holds, wherever it stands: reading on, or printing it, would do harm."""
-    place = printable(path[:_MOST_SHOWN])
-    if depth > _MOST_DEEP:
-        yield f"{place}…: more than {_MOST_DEEP} tables in each other"
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _oddities(key, f"{path}.{key}" if path else key, depth)
-            yield from _oddities(item, f"{path}.{key}" if path else key, depth + 1)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _oddities(item, path, depth + 1)
-    elif isinstance(value, str) and _CONTROL.search(value):
-        yield f"{place}: holds a control character"
-    elif type(value) is int and abs(value) >= 1 << 63:  # https://toml.io: integers have 64 bits
-        yield f"{place}: a number of more than 64 bits"
 
 
 def claimed_by(kind: str, name: str, owners: list[Owner]) -> RequestError:

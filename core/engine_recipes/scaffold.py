@@ -66,9 +66,9 @@ class Package:
             "engine_recipes_acme": self.module,
             "AcmeForCausalLM": self.architecture,
             "acme": self.name,
-            "EXTRA": "full" if self.kind == "family" else "test",  # what its workflow installs
+            ".[EXTRA]": ".[full]" if self.kind == "family" else ".[test]",  # what its workflow installs
         }
-        pattern = re.compile("|".join(words))
+        pattern = re.compile("|".join(map(re.escape, words)))
         folder = _TEMPLATES / self.kind
         sources = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
         # what tools leave beside files: __pycache__, .ruff_cache

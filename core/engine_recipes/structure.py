@@ -2,18 +2,78 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import re
 import reprlib
-from collections.abc import Mapping
+import stat
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from .errors import printable
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 T = TypeVar("T")
 
+_MOST_BYTES = 1_000_000
+_MOST_DEEP = 20
+_MOST_SHOWN = 80
+#: What a terminal may obey: C0 but tabs and ends of lines, DEL, C1.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _SHOWN = reprlib.Repr()  # a value may be of any length and depth
 _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 80
 _WORDS = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def read_toml(path: Path, is_checked: bool = True) -> dict[str, Any]:
+    """The tables of a plugin's file.
+
+    Args:
+        is_checked: whether to look for what does harm; needless for our own.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no TOML, or holds what no plugin's file holds.
+        RecursionError: its tables are too deep for the parser.
+    """
+    try:
+        kind = path.stat()
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, "there is no such file") from None
+    if not stat.S_ISREG(kind.st_mode):  # a pipe would be waited for
+        raise ValueError("it is no file")
+    if kind.st_size > _MOST_BYTES:
+        raise ValueError(f"it has more than {_MOST_BYTES} bytes")
+    table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    if is_checked and (problem := next(_oddities(table), "")):
+        raise ValueError(problem)
+    return table
+
+
+def _oddities(value: Any, path: str = "", depth: int = 0) -> Iterator[str]:
+    """What no plugin's file holds, wherever it stands: reading on, or printing it, would do harm."""
+    place = printable(path[:_MOST_SHOWN])
+    if depth > _MOST_DEEP:
+        yield f"{place}…: more than {_MOST_DEEP} tables in each other"
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _oddities(key, f"{path}.{key}" if path else key, depth)
+            yield from _oddities(item, f"{path}.{key}" if path else key, depth + 1)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _oddities(item, path, depth + 1)
+    elif isinstance(value, str) and _CONTROL.search(value):
+        yield f"{place}: holds a control character"
+    elif type(value) is int and abs(value) >= 1 << 63:  # https://toml.io: integers have 64 bits
+        yield f"{place}: a number of more than 64 bits"
 
 
 def structure(cls: type[T], table: Mapping[str, Any], path: str, errors: list[str]) -> T | None:

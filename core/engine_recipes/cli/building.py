@@ -147,7 +147,7 @@ def _command(setup: Setup, plan: Plan, stage: Stage) -> list[str] | None:
         "action": "command",
         "providers": [asdict(stage.provider)],
         "context": of.as_json(),
-        "protected": [str(place) for place in setup.store.places],
+        "protected": [str(place) for place in setup.store.kept],
     }
     words: list[str] | None = launch.call(
         f"command of {stage.provider}", request, None, lambda _: None, plan.gpus

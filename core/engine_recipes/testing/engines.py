@@ -19,7 +19,7 @@ from .building import Recipe
 from .faults import Fault, Skip, expect
 from .folders import expect_the_same, keeps_to_its_folder, survives_a_kill
 from .lab import Lab
-from .numbers import LONG, allow, apart, of_source, sample, tolerance
+from .numbers import LONG, allow, apart, in_room, of_source, tolerance
 from .recipes import buildable, for_engine, models_for, settings_of
 from .settings import promises_of
 
@@ -172,8 +172,7 @@ def _disagreement(lab: Lab, recipe: Recipe, what: str, family: Family) -> str:
     runtime = _running(lab, recipe)
     try:
         base = of_source(lab, folder, family, lab.vocabulary(folder), LONG)
-        ids = sample(lab.vocabulary(folder), len(base))[: int(getattr(runtime, "max_seq_len", 24))]
-        base = base[: len(ids)]
+        ids, base = in_room(runtime, lab.vocabulary(folder), base)
         logits = runtime.logits(ids)
         if logits is None:
             return _other_answers(runtime, ids, base, limit, what)

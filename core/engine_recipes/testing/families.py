@@ -19,7 +19,7 @@ from .building import Recipe
 from .faults import Fault, Skip, expect
 from .folders import keeps_to_its_folder
 from .lab import Lab
-from .numbers import apart, logits_of_transformers, sample, tensors_of_transformers
+from .numbers import LONG, apart, in_room, logits_of_transformers, tensors_of_transformers
 from .processes import ask
 from .unsaid import leaves_out_no_key_of_its_configs
 
@@ -140,9 +140,10 @@ def agrees_with_transformers(lab: Lab, name: str) -> None:
     """Names and shapes can be right and the model another one: rope, norms, activation, scaling, order of heads."""
     for family, config in _configs(lab, name):
         decoder, folder = lab.describe(family, config), lab.model(family, config)
-        theirs = logits_of_transformers(lab, folder, decoder.vocab_size)
+        theirs = logits_of_transformers(lab, folder, decoder.vocab_size, LONG)
         runtime = lab.load(_recipe(lab, family, config)).runtime
-        ours = runtime.logits(sample(decoder.vocab_size))
+        ids, theirs = in_room(runtime, decoder.vocab_size, theirs)
+        ours = runtime.logits(ids)
         runtime.close()
         if ours is None:
             raise Skip("the engine that runs here gives no logits")

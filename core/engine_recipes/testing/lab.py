@@ -25,7 +25,7 @@ from .. import runner
 from ..api import Setup
 from ..decoder import Decoder
 from ..entries import Family, Owner
-from ..errors import RecipesError, RequestError
+from ..errors import RecipesError
 from ..events import Event
 from ..host import Host
 from ..planning import Plan
@@ -54,7 +54,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     "normed": tiny_config("Qwen3ForCausalLM"),
     "tied": tiny_config(tie_word_embeddings=True, torch_dtype="bfloat16"),
 }
-#: Models of which an engine must compute or refuse what they say. The rope is scaled where 24 tokens show it.
+#: Models of which an engine must compute or refuse what they say. The rope is scaled where few tokens show it.
 ODD: Mapping[str, Mapping[str, Any]] = {
     "with heads wider than hidden_size / heads": tiny_config(head_dim=64),
     "with llama3's rope_scaling": tiny_config(
@@ -290,19 +290,6 @@ class Lab:
         folder = self.build(recipe).path("stage2")
         assert folder is not None
         return load(self.plan(recipe), folder)
-
-    def refusal(self, recipe: Recipe) -> str:
-        """Why the engine's `check_decoder` does not let the recipe's model through; empty if it does."""
-        made = self.plan(recipe)
-        config = json.loads((Path(recipe.model) / "config.json").read_text(encoding="utf-8"))
-        decoder = self.describe(self.registry.families[recipe.family], config)
-        stage = made.stage("stage2")
-        context = StageContext(str(made.ref), "stage2", stage.options, (), self.place("described"), made.target)
-        try:
-            Host([stage.provider]).check_decoder(stage.provider, context, decoder)
-        except RecipesError as error:  # a MachineError is about this machine: no model passes here
-            return error.message if isinstance(error, RequestError) else ""
-        return ""
 
     def runnable(self, recipe: Recipe) -> Recipe:
         """The same on an engine that this machine builds and runs: the recipe's, else the first there is.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .. import stages
 from ..entries import Family, Precision
 from ..host import Host
-from ..types import HF_CHECKPOINT, Artifact, StageContext
+from ..types import HF_CHECKPOINT, Artifact, Runtime, StageContext
 from .building import Recipe
 from .faults import Skip, expect
 from .lab import Lab
@@ -47,6 +47,12 @@ def apart(found: Floats, base: Floats) -> float:
     difference = found.astype(np.float64) - base
     error = float(np.sqrt(np.mean(difference**2)) / np.std(base))
     return error if np.isfinite(error) else float("inf")
+
+
+def in_room(runtime: Runtime, vocab_size: int, base: Floats) -> tuple[list[int], Floats]:
+    """The tokens of `sample` that the runtime has room for, and the base's logits of them."""
+    ids = sample(vocab_size, len(base))[: int(getattr(runtime, "max_seq_len", 24))]
+    return ids, base[: len(ids)]
 
 
 def tolerance(lab: Lab, precision: Precision) -> float:

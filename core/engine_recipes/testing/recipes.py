@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..entries import Engine, Family, Precision
-from ..errors import RecipesError, RequestError
+from ..errors import MachineError, RecipesError, RequestError
 from ..hf_config import architecture_of
 from ..host import Host
-from ..types import StageContext
+from ..types import StageContext, StageName
 from .building import Recipe
 from .faults import Fault, Skip
 from .lab import Lab
@@ -29,7 +29,7 @@ def for_precision(lab: Lab, name: str) -> Recipe:
     why = ""
     for what, (folder, family) in models_for(lab, name).items():
         recipe = _planned(lab, Recipe(str(folder), family.name, name, settings=lab.given(name)))
-        refusal = _refusal(lab, recipe)
+        refusal = _refusal(lab, recipe, "calibrate", "stage1")
         if not refusal:
             return recipe
         why += f"\n{what}: {refusal}"
@@ -55,18 +55,20 @@ def models_for(lab: Lab, name: str) -> dict[str, tuple[Path, Family]]:
     return found or lab.models()
 
 
-def _refusal(lab: Lab, recipe: Recipe) -> str:
-    """Why a calibration's or a precision's `check_decoder` does not let the model through; empty if it does."""
+def _refusal(lab: Lab, recipe: Recipe, *names: StageName) -> str:
+    """Why the `check_decoder` of one of these stages' plugins does not let the model through; empty if all do."""
     plan = lab.plan(recipe)
     config = json.loads((Path(recipe.model) / "config.json").read_text(encoding="utf-8"))
     decoder = lab.describe(plan.family, config)
     for stage in plan.stages:
-        if stage.name in ("calibrate", "stage1"):
+        if stage.name in names:
             context = StageContext(str(plan.ref), stage.name, stage.options, (), lab.place("described"), plan.target)
             try:
                 Host([stage.provider]).check_decoder(stage.provider, context, decoder)
             except RequestError as error:
                 return error.message
+            except MachineError:  # about this machine, whichever model: building says so
+                return ""
     return ""
 
 
@@ -126,7 +128,7 @@ def _taken(lab: Lab, engine: str) -> tuple[Path, str]:
     known: dict[str, tuple[Path, str]] = lab.memory.setdefault("taken", {})
     if engine not in known:
         models = [(folder, family.name) for folder, family in models_for(lab, engine).values()]
-        taken = (model for model in models if not lab.refusal(for_engine(lab, engine, *model)))
+        taken = (model for model in models if not _refusal(lab, for_engine(lab, engine, *model), "stage2"))
         known[engine] = next(taken, models[0])
     return known[engine]
 

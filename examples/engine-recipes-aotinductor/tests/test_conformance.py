@@ -1,4 +1,4 @@
-"""What every engine promises, checked by the suite of engine-recipes. Minutes: it compiles four tiny models."""
+"""What every engine promises, checked by the suite of engine-recipes. Minutes: it compiles a dozen tiny models."""
 
 from __future__ import annotations
 
