@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import availability, facts as machine, refs, registry, sources
-from .decoder import Decoder
 from .entries import Model
 from .errors import MachineError, RequestError
 from .events import Event
 from .facts import Facts
-from .hf_config import architecture_of
 from .registry import Registry
 from .sources import Located
 from .store import Store, default_workspace, read_manifest
 from .types import DECODER, Artifact, Provider, Ref, Runtime, StageName
 
 if TYPE_CHECKING:
+    from .decoder import Decoder
     from .planning import Plan
     from .runner import Build, How
     from .tokenizer import Tokenizer
@@ -80,6 +79,8 @@ class Setup:
         """
         if not (refs.is_folder(ref.model) or refs.is_hub_id(ref.model)):
             return self.registry.models[ref.model]
+        from .hf_config import architecture_of  # listing needs none of it
+
         folder = refs.is_folder(ref.model)
         spec = f"file:{Path(os.path.expanduser(ref.model)).absolute()}" if folder else f"hf:{ref.model}"
         located = sources.locate([spec], self.store.workspace)
@@ -182,6 +183,8 @@ class Setup:
 
     def decoder(self, plan: Plan) -> Decoder | None:
         """What the model is, if that was found out before."""
+        from .decoder import Decoder
+
         slot = plan.stage("resolve").slot
         folder = self.store.get(slot) if slot else None
         return Decoder.read(folder / DECODER) if folder else None

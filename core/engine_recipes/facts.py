@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ class Facts:
         return not wanted.applies or (version is not None and within(version, wanted.versions))
 
 
+@cache
 def within(version: str, wanted: str) -> bool:
     """Whether a version meets a specifier such as `>=1.23,<2` (PEP 440); pre-releases count."""
     bounds = re.fullmatch(r"\s*>=\s*(\d+(?:\.\d+)*)\s*(?:,\s*<\s*(\d+(?:\.\d+)*)\s*)?", wanted)
@@ -129,6 +131,7 @@ def within(version: str, wanted: str) -> bool:
         return False
 
 
+@cache
 def distribution(requirement: str) -> str:
     """`onnxruntime` from `onnxruntime >= 1.23`, in the one spelling of PEP 503."""
     requirement = requirement.strip()

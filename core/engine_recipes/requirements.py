@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 _PLAIN_RANGE = re.compile(r"\s*(==|!=|<=?|>=?)\s*\d+(\.\d+)*\s*(,\s*(==|!=|<=?|>=?)\s*\d+(\.\d+)*\s*)*", re.ASCII)
 _PLAIN_NAME = re.compile(r"\s*([A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?)\s*", re.ASCII)
@@ -53,6 +54,7 @@ def is_name(text: str) -> bool:
     return bool(_PLAIN_NAME.fullmatch(text))
 
 
+@cache
 def parse(text: str) -> Requirement:
     """Read one alternative: `numpy>=1.26`, `numpy[extra]>=1; python_version < "3.12"`. Extras change nothing.
 

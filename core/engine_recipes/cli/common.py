@@ -119,7 +119,7 @@ def _finite(value: Any) -> Any:
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Columns on stdout, as wide as their widest cell; the last one is not padded."""
     table = [tuple(header), *(tuple(row) for row in rows)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     form = "  ".join([*(f"{{:{width}}}" for width in widths[:-1]), "{}"])
     first, *others = (form.format(*row).rstrip() for row in table)
     click.echo("\n".join([style(first, bold=True), *others]))

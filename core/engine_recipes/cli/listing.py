@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .. import availability
 from ..api import Setup
-from ..entries import Engine, Entry, Model, Precision
+from ..entries import Engine, Model, Precision
 from ..errors import RequestError, did_you_mean
 from ..registry import Registry
 from ..space import human_bytes
@@ -76,7 +77,7 @@ def recipes(setup: Setup) -> Iterator[dict[str, Any]]:
                 "precision": precision.name,
                 "engine": engine.name,
                 "target": target,
-                "owner": _owners(model, precision, engine),
+                "owner": _owners(model.owner.package, precision.owner.package, engine.owner.package),
                 "status": status,
                 "reason": reason,
                 "source": model.source[0],
@@ -140,9 +141,10 @@ def warn_of_problems(setup: Setup) -> None:
                 click.echo(f"{style('warning:', fg='yellow')} {error.message}", err=True)
 
 
-def _owners(*entries: Entry) -> str:
+@cache
+def _owners(*packages: str) -> str:
     """The packages involved, ours named only if nobody else is."""
-    names = list(dict.fromkeys(entry.owner.package for entry in entries))
+    names = dict.fromkeys(packages)
     others = [name for name in names if name != "engine-recipes"]
     return ", ".join(others or names)
 
