@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import shutil
 import sys
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,47 @@ from engine_recipes import distributions, registry
 
 
 def test_versions_are_those_that_pip_wrote() -> None:
-    for name in ("click", "numpy", "engine-recipes", "ml_dtypes"):
-        assert distributions.version(name) == version(name)
-    assert distributions.version("not-installed-anywhere") is None
-    assert distributions.version("") is None
+    names = {dist.metadata["Name"] for dist in metadata.distributions()}
+    assert len(names) > 20
+    assert distributions.versions(names) == {name: metadata.version(name) for name in names}
+    assert distributions.versions(["not-installed-anywhere", ""]) == {}
+
+
+def test_who_advertises_is_who_python_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, package(tmp_path, "acme-one", "api = 1\n"))
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])  # a Path, which Python ignores
+    points = metadata.entry_points(group=distributions.GROUP)
+    theirs = {(point.dist.name, point.value) for point in points if point.dist}
+    ours = {(one.package, one.path.parent.name) for one in distributions.advertised()}
+    assert ours == theirs
+    assert ("acme-one", "acme_one") in ours
+
+
+def test_what_no_folder_of_the_path_holds_is_found_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = package(tmp_path / "site", "acme-zipped", "api = 1\n")
+    archive = shutil.make_archive(str(tmp_path / "site"), "zip", folder)
+    monkeypatch.syspath_prepend(archive)
+    assert "acme-zipped" in [one.package for one in distributions.advertised()]
+    assert distributions.versions(["acme.zipped", "click"]) == {
+        "acme.zipped": "0.3",
+        "click": metadata.version("click"),
+    }
+
+    class Finder:
+        @staticmethod
+        def find_spec(*_: object) -> None:
+            """Imports nothing."""
+
+        @staticmethod
+        def find_distributions(context: metadata.DistributionFinder.Context) -> object:
+            return metadata.MetadataPathFinder.find_distributions(
+                metadata.DistributionFinder.Context(name=context.name, path=[str(folder)])
+            )
+
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place != archive])
+    assert distributions.versions(["acme.zipped"]) == {}
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Finder])
+    assert distributions.versions(["acme.zipped"]) == {"acme.zipped": "0.3"}
 
 
 def test_a_version_in_the_description_is_not_the_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,7 +61,7 @@ def test_a_version_in_the_description_is_not_the_version(tmp_path: Path, monkeyp
         "Metadata-Version: 2.1\nName: acme-readme\nVersion: 0.3\nLicense: some\n  Version: 8\n\nVersion: 9\n"
     )
     install(monkeypatch, folder)
-    assert distributions.version("acme-readme") == "0.3"
+    assert distributions.versions(["acme-readme"]) == {"acme-readme": "0.3"}
 
 
 @pytest.mark.parametrize(
@@ -109,8 +147,8 @@ def test_names_are_one_however_they_are_spelled_and_hold_nothing_that_a_terminal
 ) -> None:
     for folder, name in (("first", "acme.nvfp4"), ("second", "acme-nvfp4"), ("third", "evil\x1b[31m")):
         install(monkeypatch, package(tmp_path / folder, "acme_other", ""))
-        (metadata,) = (tmp_path / folder).glob("*.dist-info/METADATA")
-        metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+        (file,) = (tmp_path / folder).glob("*.dist-info/METADATA")
+        file.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
     names = {one.package for one in distributions.advertised()}
     assert len(names & {"acme.nvfp4", "acme-nvfp4"}) == 1
     assert "evil\\x1b[31m" in names

@@ -156,7 +156,7 @@ def read(requirements: Iterable[str] = (), programs: Iterable[str] = ()) -> Fact
     total, available = memory()
     return Facts(
         gpus=tuple(found),
-        versions={name: version for name in names if (version := distributions.version(name))},
+        versions={name: version for name, version in distributions.versions(names).items() if version},
         python=platform.python_version(),
         machine=platform.machine(),
         cpus=cpus(),
