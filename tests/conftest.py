@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 import tiny
-from engine_recipes import testing
+from engine_recipes import hookspecs, testing
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
+HOOKS = [name for name, spec in vars(hookspecs).items() if hasattr(spec, f"{hookspecs.NAME}_spec")]
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -82,10 +82,11 @@ class Setup:
         from .hf_config import architecture_of  # listing needs none of it
 
         folder = refs.is_folder(ref.model)
-        spec = f"file:{Path(os.path.expanduser(ref.model)).absolute()}" if folder else f"hf:{ref.model}"
+        path = Path(os.path.expanduser(ref.model))
+        spec = f"file:{path.absolute()}" if folder else f"hf:{ref.model}"
         located = sources.locate([spec], self.store.workspace)
         if located is None and folder:
-            what = "is a file, not a folder" if Path(os.path.expanduser(ref.model)).is_file() else "does not exist"
+            what = "is a file, not a folder" if path.is_file() else "does not exist"
             raise RequestError(f"{ref.model} {what}", "give a folder with config.json and *.safetensors")
         if located is None:
             here = f", or write ./{ref.model} for the folder here" if Path(ref.model).is_dir() else ""

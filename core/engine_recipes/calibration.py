@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import events
-from .decoder import Decoder
+from .decoder import SAME_INPUT, Decoder
 from .errors import RequestError
 from .stepping import Integers
 from .tokenizer import Tokenizer
 
-#: Roles of the linear layers of a decoder layer that read the same input, see `Decoder.names`.
-SAME_INPUT = (("q", "k", "v"), ("dense",), ("gate", "up"), ("down",))
+__all__ = ["SAME_INPUT", "Batch", "Rows", "check_length", "read_rows"]
 
 #: Texts are read in order until there are so many times the rows that are asked for: enough to choose from, and a
 #: file of gigabytes is not tokenised to its end.

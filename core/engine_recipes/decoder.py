@@ -37,8 +37,8 @@ HF_NAMES: Mapping[str, str] = {
     "lm_head": "lm_head.weight",
 }
 
-#: Roles that may be one tensor.
-_FUSED = (("q", "k", "v"), ("gate", "up"))
+#: Roles of the linear layers of a decoder layer that read the same input, see `Decoder.names`. They may be one tensor.
+SAME_INPUT = (("q", "k", "v"), ("dense",), ("gate", "up"), ("down",))
 
 #: Of the fields that hold one value, by annotation.
 _TYPES: Mapping[Any, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
@@ -184,7 +184,7 @@ def _check_names(names: Mapping[str, Any]) -> None:
             )
     for name in set(names.values()):
         roles = [role for role in names if names[role] == name]
-        if len(roles) > 1 and not any(set(roles) <= set(fused) for fused in _FUSED):
+        if len(roles) > 1 and not any(set(roles) <= set(fused) for fused in SAME_INPUT):
             raise RequestError(
                 f"names of tensors: {' and '.join(roles)} are both {name}",
                 "one tensor may hold q, k and v, or gate and up, and nothing else",

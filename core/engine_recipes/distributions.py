@@ -9,7 +9,6 @@ fields before the first empty line are read: parsing all of it, with a README in
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from .errors import first_line, printable
+from .requirements import canonical
 
 #: The entry-point group.
 GROUP = "engine_recipes"
@@ -50,14 +50,17 @@ class _Folder:
     """A distribution that pip has put into a folder of the path."""
 
     def __init__(self, place: str, name: str) -> None:
-        self.path = os.path.join(place, name)
-        # NAME-VERSION.dist-info; what setuptools leaves in a source tree is NAME.egg-info
-        self.name = _canonical(name.rpartition(".")[0].partition("-")[0])
+        self.place, self.file = place, name
+
+    @property
+    def name(self) -> str:
+        """Of NAME-VERSION.dist-info, or of NAME.egg-info, which setuptools leaves in a source tree."""
+        return canonical(self.file.rpartition(".")[0].partition("-")[0])
 
     def read_text(self, filename: str) -> str | None:
         """See `_Installed`."""
         try:
-            with open(os.path.join(self.path, filename), encoding="utf-8") as file:
+            with open(os.path.join(self.place, self.file, filename), encoding="utf-8") as file:
                 return file.read()
         except OSError:
             return None
@@ -74,13 +77,9 @@ def advertised() -> list[Advertised]:
             continue
         if GROUP in text:
             package, version = identity(dist)
-            found.setdefault(_canonical(package), _read(text, package, version))
+            found.setdefault(canonical(package), _read(text, package, version))
     found.pop("", None)
     return sorted((one for several in found.values() for one in several), key=lambda one: (one.package, one.path))
-
-
-def _canonical(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _is_plain() -> bool:
@@ -137,7 +136,7 @@ def _values(text: str) -> Iterator[str]:
 
 def versions(names: Iterable[str]) -> dict[str, str]:
     """The versions of the distributions that are installed, by these names."""
-    wanted = {_canonical(name): name for name in names}
+    wanted = {canonical(name): name for name in names}
     found: dict[str, str] = {}
     if _is_plain():
         for dist in _folders():

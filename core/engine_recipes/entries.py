@@ -73,16 +73,19 @@ class Option:
         found = [f"choices: {choice!r} is of another type than the default" for choice in self._misfits()]
         if self.min is not None and self.max is not None and self.min > self.max:
             found.append(f"min: {self.min:g} is above the max, {self.max:g}")
-        if not found and not self._allows(self.default):
+        if not found and self.default != "" and self.unfit(self.default):
             found.append(f"default: {self.default!r} is nothing that it may be set to")
         return found + _no_range("versions", self.versions)
 
-    def _allows(self, value: Value) -> bool:
-        if value == "" or (self.choices and value not in self.choices):
-            return value == ""
+    def unfit(self, value: Value) -> str:
+        """Why it may not be this, which has the right type: `must be at least 1`; empty if it may."""
+        if self.choices and value not in self.choices:
+            return f"must be one of {', '.join(map(str, self.choices))}"
         if isinstance(value, (str, bool)):
-            return True
-        return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
+            return ""
+        if self.min is not None and value < self.min:
+            return f"must be at least {self.min:g}"
+        return f"must be at most {self.max:g}" if self.max is not None and value > self.max else ""
 
     def _misfits(self) -> list[Value]:
         kinds = {type(self.default), int} if isinstance(self.default, float) else {type(self.default)}

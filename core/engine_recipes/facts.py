@@ -136,7 +136,7 @@ def distribution(requirement: str) -> str:
     """`onnxruntime` from `onnxruntime >= 1.23`, in the one spelling of PEP 503."""
     requirement = requirement.strip()
     end = next((i for i, c in enumerate(requirement) if not (c.isalnum() or c in "._-")), len(requirement))
-    return re.sub(r"[-_.]+", "-", requirement[:end]).lower()
+    return pep508.canonical(requirement[:end])
 
 
 def read(requirements: Iterable[str] = (), programs: Iterable[str] = ()) -> Facts:

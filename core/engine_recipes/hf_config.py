@@ -11,15 +11,11 @@ from dataclasses import fields
 from reprlib import repr as shortened
 from typing import Any
 
-from .decoder import HF_NAMES, Decoder, check
+from .decoder import HF_NAMES, Decoder, Json, check
 from .errors import RequestError, did_you_mean
-
-Json = Any
 
 #: Rope scalings that TensorRT-LLM accepts; `default` is not one of them and is written as null.
 ROPE_SCALINGS = ("linear", "dynamic", "longrope", "llama3", "yarn", "mrope")
-
-
 _WINDOWED = "sliding_attention"
 
 

@@ -74,13 +74,6 @@ def _read(key: str, option: Option, text: str) -> Value:
 
 
 def _checked(key: str, option: Option, value: Value) -> Value:
-    hint = option.help or f"default: {option.default}"
-    if option.choices and value not in option.choices:
-        choices = ", ".join(map(str, option.choices))
-        raise RequestError(f"{key} = {value!r}: must be one of {choices}", hint)
-    if not isinstance(value, (str, bool)):
-        if option.min is not None and value < option.min:
-            raise RequestError(f"{key} = {value}: must be at least {option.min:g}", hint)
-        if option.max is not None and value > option.max:
-            raise RequestError(f"{key} = {value}: must be at most {option.max:g}", hint)
+    if problem := option.unfit(value):
+        raise RequestError(f"{key} = {value!r}: {problem}", option.help or f"default: {option.default}")
     return value

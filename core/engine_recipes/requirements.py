@@ -54,6 +54,11 @@ def is_name(text: str) -> bool:
     return bool(_PLAIN_NAME.fullmatch(text))
 
 
+def canonical(name: str) -> str:
+    """The one spelling of a distribution's name (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 @cache
 def parse(text: str) -> Requirement:
     """Read one alternative: `numpy>=1.26`, `numpy[extra]>=1; python_version < "3.12"`. Extras change nothing.

@@ -13,7 +13,7 @@ import pytest
 
 import engine_recipes
 import tiny
-from conftest import Recipes, install, package
+from conftest import HOOKS, Recipes, install, package
 from engine_recipes import (
     Artifact,
     Check,
@@ -22,14 +22,12 @@ from engine_recipes import (
     Sampling,
     StageContext,
     checkpoint,
-    hookspecs,
     testing,
 )
 from engine_recipes.host import Host
 from engine_recipes.runner import Build
 from engine_recipes.types import Provider
 
-HOOKS = [name for name, spec in vars(hookspecs).items() if hasattr(spec, f"{hookspecs.NAME}_spec")]
 #: Which hooks the build calls, in workers; their tests look at what came of it.
 BY_BUILD = {"resolve_checkpoint", "calibrate", "stage1", "stage2", "load_source", "validate"}
 REGISTRY = """\

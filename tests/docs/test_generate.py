@@ -15,7 +15,7 @@ import click
 import pytest
 
 import engine_recipes
-from conftest import ROOT
+from conftest import HOOKS, ROOT
 from engine_recipes import entries, hookspecs
 from engine_recipes.cli import COMMANDS, cli
 
@@ -28,7 +28,6 @@ REFERENCE = ROOT / "docs" / "reference"
 OUR_REGISTRY = Path(engine_recipes.__file__).parent / "registry.toml"
 #: Of these only what their docstrings name is for others; the rest of their fields and methods is ours.
 OPAQUE = {"Plan", "testing.Case", "checkpoint.ConvertStats"}
-HOOKS = [name for name, spec in vars(hookspecs).items() if hasattr(spec, f"{hookspecs.NAME}_spec")]
 
 
 def test_what_the_code_says_is_what_the_pages_say(generate: ModuleType) -> None:

@@ -11,13 +11,10 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from reprlib import repr as shortened
-from typing import Any
 
-from ..decoder import Decoder
+from ..decoder import Decoder, Json
 from ..errors import RequestError
 from ..hf_config import from_hf
-
-Json = Any
 
 #: The `quantization` object of an unquantised checkpoint.
 NOT_QUANTIZED: Mapping[str, Json] = {

@@ -51,6 +51,15 @@ class TensorSpec:
         rows = sum(piece.shape[0] for piece in self.pieces) + self.pad_rows
         return (rows, *self.pieces[0].shape[1:])
 
+    @property
+    def starts(self) -> dict[str, int]:
+        """Source tensor -> the row where its first row lies, or would lie if a piece left out what is before it."""
+        found, position = {}, 0
+        for piece in self.pieces:
+            found[piece.name] = position - piece.rows[0]
+            position += piece.shape[0]
+        return found
+
 
 @dataclass(frozen=True)
 class _Source:

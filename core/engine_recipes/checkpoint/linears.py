@@ -201,11 +201,7 @@ def _cut(array: Array, whole: TensorSpec, part: TensorSpec) -> Array:
     """What a rank holds of a tensor: the reverse of how the reader joins them."""
     import numpy as np
 
-    starts, position = {}, 0
-    for piece in whole.pieces:
-        starts[piece.name] = position - piece.rows[0]  # others may lie before it in the same tensor
-        position += piece.shape[0]
-    pieces = []
+    starts, pieces = whole.starts, []
     for piece in part.pieces:
         first = starts[piece.name]
         rows = array[first + piece.rows[0] : first + piece.rows[1]]

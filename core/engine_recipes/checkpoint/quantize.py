@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .. import events
-from ..decoder import Decoder
+from ..decoder import SAME_INPUT, Decoder
 from ..errors import RequestError
 from ..facts import cpus
 from .blocks import fp8_rounder, largest, pack_rows, quantize_groups
@@ -308,7 +308,7 @@ def _last(tensor: Stored, make: Callable[[], Array]) -> Job:
 def linear_groups(decoder: Decoder) -> Iterator[tuple[str, ...]]:
     """HF linear layers whose FP8 scales must agree: q, k, v are one matrix; gate and up read one quantised input."""
     for layer in range(decoder.layers):
-        for roles in (("q", "k", "v"), ("dense",), ("gate", "up"), ("down",)):
+        for roles in SAME_INPUT:
             yield tuple(dict.fromkeys(decoder.names[role].format(layer) for role in roles))
 
 

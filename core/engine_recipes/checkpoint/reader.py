@@ -241,11 +241,7 @@ def _global_name(local: str, layers: Sequence[int]) -> str:
 
 def _join(joined: Array, whole: TensorSpec, array: Array, part: TensorSpec) -> None:
     """Put the rows and columns that this rank holds where they belong."""
-    starts, position = {}, 0
-    for piece in whole.pieces:
-        starts[piece.name] = position - piece.rows[0]  # others may lie before it in the same tensor
-        position += piece.shape[0]
-    position = 0
+    starts, position = whole.starts, 0
     for piece in part.pieces:
         rows = piece.shape[0]
         first = starts[piece.name] + piece.rows[0]

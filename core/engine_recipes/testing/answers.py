@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -18,40 +18,21 @@ if TYPE_CHECKING:
     from .numbers import Floats
 
 MORE = 8  # tokens past its end that an endless generation is allowed before it is cut off
-_POSITIONS = 256  # of the tiny models
 
 
-@contextmanager
-def loaded(lab: Lab, name: str) -> Iterator[Runtime]:
+def loaded(lab: Lab, name: str) -> closing[Runtime]:
     """The engine on a tiny model, closed in the end."""
-    runtime = lab.load(runs_here(lab, name)).runtime
-    try:
-        yield runtime
-    finally:
-        runtime.close()
+    return closing(lab.load(runs_here(lab, name)).runtime)
 
 
-@contextmanager
-def another(lab: Lab, name: str) -> Iterator[Runtime]:
+def another(lab: Lab, name: str) -> closing[Runtime]:
     """An engine of another tiny model; of the same, where it takes no other."""
     mine = runs_here(lab, name)
-    runtime: Runtime | None = None
     for folder, family in lab.models().values():
-        if runtime is None and str(folder) != mine.model:
-            try:
-                runtime = lab.load(for_engine(lab, name, folder, family.name)).runtime
-            except (Fault, RequestError):  # it does not take this one
-                continue
-    runtime = runtime or lab.load(mine).runtime
-    try:
-        yield runtime
-    finally:
-        runtime.close()
-
-
-def room(runtime: Runtime, unsaid: int = _POSITIONS) -> int:
-    """Most tokens of a prompt and its answer; `unsaid` where the engine does not say it."""
-    return int(getattr(runtime, "max_seq_len", unsaid))
+        if str(folder) != mine.model:
+            with suppress(Fault, RequestError):  # it does not take this one
+                return closing(lab.load(for_engine(lab, name, folder, family.name)).runtime)
+    return closing(lab.load(mine).runtime)
 
 
 def greedy(runtime: Runtime, prompt: Sequence[int], most: int, stop: frozenset[int] = frozenset()) -> list[int]:

@@ -19,8 +19,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packaging.utils import canonicalize_name
-
 from .. import runner
 from ..api import Setup
 from ..decoder import Decoder
@@ -30,6 +28,7 @@ from ..events import Event
 from ..host import Host
 from ..planning import Plan
 from ..registry import Registry
+from ..requirements import canonical
 from ..runner import Build, How
 from ..stages import provider
 from ..types import StageContext, StageName, Value
@@ -157,8 +156,8 @@ class Lab:
     def owner(self) -> Owner | None:
         """The package; None if it is not installed or does not say where its registry is."""
         owners = [*self.registry.owners, *(problem.owner for problem in self.registry.problems)]
-        wanted = canonicalize_name(self.package)
-        return next((owner for owner in owners if canonicalize_name(owner.package) == wanted), None)
+        wanted = canonical(self.package)
+        return next((owner for owner in owners if canonical(owner.package) == wanted), None)
 
     @cached_property
     def fragment(self) -> Mapping[str, Any]:
@@ -213,7 +212,12 @@ class Lab:
 
     def vocabulary(self, folder: Path) -> int:
         """How many words a tiny checkpoint has."""
-        return int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+        return int(self.config(folder)["vocab_size"])
+
+    def config(self, folder: Path) -> dict[str, Any]:
+        """The `config.json` of a tiny checkpoint."""
+        found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return found
 
     def models(self) -> dict[str, tuple[Path, Family]]:
         """Tiny models that families installed here describe: what they are -> folder and family."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import stages
-from ..entries import Family, Precision
+from ..entries import Family, Precision, Reference
 from ..host import Host
 from ..types import HF_CHECKPOINT, Artifact, Runtime, StageContext
 from .building import Recipe
@@ -49,9 +48,14 @@ def apart(found: Floats, base: Floats) -> float:
     return error if np.isfinite(error) else float("inf")
 
 
+def room(runtime: Runtime, unsaid: int = 256) -> int:
+    """Most tokens of a prompt and its answer; where the engine does not say it, `unsaid`: what tiny models take."""
+    return int(getattr(runtime, "max_seq_len", unsaid))
+
+
 def in_room(runtime: Runtime, vocab_size: int, base: Floats) -> tuple[list[int], Floats]:
     """The tokens of `sample` that the runtime has room for, and the base's logits of them."""
-    ids = sample(vocab_size, len(base))[: int(getattr(runtime, "max_seq_len", 24))]
+    ids = sample(vocab_size, len(base))[: room(runtime, 24)]
     return ids, base[: len(ids)]
 
 
@@ -102,7 +106,7 @@ def _transformers(lab: Lab, folder: Path, vocab_size: int) -> dict[str, Any]:
     known = lab.memory.setdefault("transformers", {})
     if folder.name not in known:
         folders = {folder: vocab_size, **lab.all_models()}  # importing transformers takes longer than all of them
-        ids = {path.name: sample(size, _length(path)) for path, size in folders.items()}
+        ids = {path.name: sample(size, _length(lab, path)) for path, size in folders.items()}
         request = {"folders": [str(path) for path in folders], "ids": ids, "out": str(lab.place("transformers"))}
         known.update(ask(lab, "transformers_says", request))
     told: dict[str, Any] = known[folder.name]
@@ -111,10 +115,9 @@ def _transformers(lab: Lab, folder: Path, vocab_size: int) -> dict[str, Any]:
     return told
 
 
-def _length(folder: Path) -> int:
+def _length(lab: Lab, folder: Path) -> int:
     """How many tokens a tiny model is run on: LONG, or as many as it is meant for."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    positions = config.get("max_position_embeddings")
+    positions = lab.config(folder).get("max_position_embeddings")
     return min(LONG, positions) if isinstance(positions, int) else 24
 
 
@@ -135,16 +138,22 @@ def _of_source(lab: Lab, folder: Path, family: Family, vocab_size: int) -> Float
         reference = lab.registry.references.entries.get(name)
         if reference is None or name == "transformers" or lab.setup.facts.missing(reference.requires):
             continue
-        build = lab.build(Recipe(str(folder), family.name), "resolve")
-        resolved = build.path("resolve")
-        assert resolved is not None
-        who = stages.provider("reference", reference)
-        inputs = (Artifact(HF_CHECKPOINT, resolved, ""),)
-        out = Path(tempfile.mkdtemp(dir=lab.folder))  # a fresh one, as every stage gets
-        context = StageContext(str(folder), "baseline", {}, inputs, out)
-        runtime = Host([who]).load_source(who, context)
-        logits = runtime.logits(sample(vocab_size, _length(folder)))
-        runtime.close()
+        logits = logits_of_reference(lab, reference, folder, family, sample(vocab_size, _length(lab, folder)))
         if logits is not None:
             return logits
     raise skip
+
+
+def logits_of_reference(lab: Lab, reference: Reference, folder: Path, family: Family, ids: list[int]) -> Floats | None:
+    """A reference's logits of the source; None if it hides them."""
+    resolved = lab.build(Recipe(str(folder), family.name), "resolve").path("resolve")
+    assert resolved is not None
+    who = stages.provider("reference", reference)
+    out = Path(tempfile.mkdtemp(dir=lab.folder))  # a fresh one, as every stage gets
+    context = StageContext(str(folder), "baseline", {}, (Artifact(HF_CHECKPOINT, resolved, ""),), out)
+    runtime = Host([who]).load_source(who, context)
+    try:
+        logits: Floats | None = runtime.logits(ids)
+    finally:
+        runtime.close()
+    return logits

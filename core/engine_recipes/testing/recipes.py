@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,8 +57,7 @@ def models_for(lab: Lab, name: str) -> dict[str, tuple[Path, Family]]:
 def _refusal(lab: Lab, recipe: Recipe, *names: StageName) -> str:
     """Why the `check_decoder` of one of these stages' plugins does not let the model through; empty if all do."""
     plan = lab.plan(recipe)
-    config = json.loads((Path(recipe.model) / "config.json").read_text(encoding="utf-8"))
-    decoder = lab.describe(plan.family, config)
+    decoder = lab.describe(plan.family, lab.config(Path(recipe.model)))
     for stage in plan.stages:
         if stage.name in names:
             context = StageContext(str(plan.ref), stage.name, stage.options, (), lab.place("described"), plan.target)

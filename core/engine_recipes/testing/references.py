@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import stages
 from ..entries import Family, Reference
 from ..errors import RequestError
-from ..host import Host
-from ..types import HF_CHECKPOINT, Artifact, StageContext
-from .building import Recipe
 from .faults import Skip, expect
 from .lab import Lab
-from .numbers import apart, logits_of_transformers, sample
+from .numbers import apart, logits_of_reference, logits_of_transformers, sample
 
 if TYPE_CHECKING:
     from .numbers import Floats
@@ -31,7 +26,7 @@ def computes_what_others_compute(lab: Lab, name: str) -> None:
         raise Skip(f"it cannot run here: {', '.join(missing)} is missing")
     for what, (folder, family) in lab.models().items():
         try:
-            logits = _logits(lab, reference, folder, family)
+            logits = logits_of_reference(lab, reference, folder, family, sample(lab.vocabulary(folder)))
         except RequestError:  # it refuses such models
             continue
         if logits is None:
@@ -59,20 +54,6 @@ def _others(lab: Lab, reference: Reference, folder: Path, family: Family) -> Ite
         for other in lab.registry.references.entries.values():
             if other is reference or lab.setup.facts.missing(other.requires):
                 continue
-            logits = _logits(lab, other, folder, family)
+            logits = logits_of_reference(lab, other, folder, family, sample(lab.vocabulary(folder)))
             if logits is not None:
                 yield f"reference {other.name}", logits
-
-
-def _logits(lab: Lab, reference: Reference, folder: Path, family: Family) -> Floats | None:
-    resolved = lab.build(Recipe(str(folder), family.name), "resolve").path("resolve")
-    assert resolved is not None
-    who = stages.provider("reference", reference)
-    out = Path(tempfile.mkdtemp(dir=lab.folder))  # a fresh one, as every stage gets
-    context = StageContext(str(folder), "baseline", {}, (Artifact(HF_CHECKPOINT, resolved, ""),), out)
-    runtime = Host([who]).load_source(who, context)
-    try:
-        logits: Floats | None = runtime.logits(sample(lab.vocabulary(folder)))
-    finally:
-        runtime.close()
-    return logits

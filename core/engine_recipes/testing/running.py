@@ -20,14 +20,13 @@ from .answers import (
     interleaved,
     loaded,
     logits_of,
-    room,
     rounding,
 )
 from .building import load
 from .faults import Fault, Skip, expect
 from .folders import _look as look
 from .lab import Lab
-from .numbers import apart, sample
+from .numbers import apart, room, sample
 from .processes import ask
 from .recipes import runs_here
 
