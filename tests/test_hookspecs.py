@@ -1,21 +1,15 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 import engine_recipes
-from conftest import ROOT, TESTS
-from engine_recipes import hookspecs
+from conftest import HOOKS, ROOT, TESTS, docs_generate
 
-HOOKS = {
-    name: spec for name, spec in vars(hookspecs).items() if getattr(spec, f"{hookspecs.NAME}_spec", None) is not None
-}
 #: Where code lies that comes in by the stranger's door.
 PLUGINS = [ROOT / name for name in ("recipes", "plugins", "engines", "examples", "core/engine_recipes/templates")]
 MODULES = {f"engine_recipes.{name}" for name in engine_recipes._MODULES}
@@ -55,20 +49,10 @@ def imports(file: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 @lru_cache
-def generate() -> ModuleType:
-    """`docs/generate.py`, which says what the API page lists."""
-    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@lru_cache
 def offered(module: str) -> frozenset[str]:
     """What the API page lists of a module of ours."""
     file = Path(getattr(engine_recipes, module.partition(".")[2]).__file__)
-    return frozenset(generate().public_names(ast.parse(file.read_text(encoding="utf-8"))))
+    return frozenset(docs_generate().public_names(ast.parse(file.read_text(encoding="utf-8"))))
 
 
 def private_names(file: Path) -> Iterator[str]:

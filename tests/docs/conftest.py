@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from types import ModuleType
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, docs_generate
 
 DOCS = ROOT / "docs"
 
@@ -23,11 +22,7 @@ DOCS = ROOT / "docs"
 @pytest.fixture(scope="session")
 def generate() -> ModuleType:
     """`docs/generate.py`, which belongs to no package."""
-    spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return docs_generate()
 
 
 @pytest.fixture(scope="session")
